@@ -1,0 +1,36 @@
+"""`Examples`: rows of a data set before they are tokens, with what a partitioner may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Columns of equal length. A source returns it; partitioners read it; a task turns it into tensors."""
+
+    columns: Mapping[str, Sequence[Any]]  # what the task reads: "text", "text_pair", ...
+    labels: NDArray[np.int64] | None = None  # [examples], an index into label_names
+    label_names: tuple[str, ...] = ()
+    clients: tuple[str, ...] | None = None  # [examples], the natural owner of each row
+    domains: tuple[str, ...] | None = None  # [examples], where each row comes from
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def take(self, rows: Indices) -> Examples:
+        """The examples at `rows`, in that order."""
+        return replace(
+            self,
+            columns={name: [column[row] for row in rows] for name, column in self.columns.items()},
+            labels=None if self.labels is None else self.labels[rows],
+            clients=None if self.clients is None else tuple(self.clients[row] for row in rows),
+            domains=None if self.domains is None else tuple(self.domains[row] for row in rows),
+        )

@@ -1,0 +1,129 @@
+"""The one table of every name that a config may use, and the way from a name to what it names.
+
+A row is "module:attribute"; nothing is imported before it is asked for. A name may also be `"my_file.py:my_function"`
+or `"my_package.module:attribute"`: then no row is needed. What is named is a frozen `Settings` class, or a function
+whose keyword-only parameters are its settings; either way the settings are config keys, checked by pydantic.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pathlib
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, create_model
+
+from fedpeft.errors import Problem, UserError, nearest
+
+TABLES: dict[str, dict[str, str]] = {
+    "strategy": {
+        "fedavg": "fedpeft.strategies.fedavg:FedAvg",
+    },
+    "adapter": {
+        "lora": "fedpeft.adapters.lora:Lora",
+    },
+    "partitioner": {
+        "iid": "fedpeft.data.partitions.iid:iid",
+        "dirichlet": "fedpeft.data.partitions.dirichlet:dirichlet",
+        "shards": "fedpeft.data.partitions.shards:shards",
+        "quantity": "fedpeft.data.partitions.quantity:quantity",
+        "natural": "fedpeft.data.partitions.natural:natural",
+        "domain": "fedpeft.data.partitions.domain:domain",
+    },
+    "source": {
+        "docstrings": "fedpeft.data.docstrings:docstrings",
+    },
+    "model": {
+        "minilm": "fedpeft.base:minilm_folder",
+    },
+    "task": {
+        "sequence-classification": "fedpeft.tasks.sequence_classification:SequenceClassification",
+    },
+    "engine": {
+        "one": "fedpeft.training.one:train",
+    },
+    "optimizer": {
+        "adamw": "fedpeft.training.optimizers:adamw",
+        "sgd": "fedpeft.training.optimizers:sgd",
+    },
+    "schedule": {
+        "constant": "fedpeft.training.schedules:constant",
+        "linear": "fedpeft.training.schedules:linear",
+        "cosine": "fedpeft.training.schedules:cosine",
+    },
+    "head_init": {
+        "random": "fedpeft.training.surveys:Nothing",
+        "class_statistics": "fedpeft.training.surveys:ClassStatistics",
+    },
+    "simulation": {
+        "in-process": "fedpeft.simulations.grid:LocalGrid",
+    },
+}
+
+
+class Settings(BaseModel):
+    """Frozen, validated settings: the base of everything a config can name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def find(kind: str, name: str, where: str | None = None, fallback: str | None = None) -> Any:
+    """The object called `name` in the table of `kind`, or in the user's own file or package, or else the `fallback` row.
+
+    Raises UserError with the nearest known name when there is none. `where` is the config key for the message.
+    """
+    where = where or f"{kind}.name"
+    table = TABLES[kind]
+    if name in table:
+        return _load(table[name])
+    if ":" in name:
+        return _find_own(name, where)
+    if fallback is not None:
+        return _load(fallback)
+    known = ", ".join(sorted(table))
+    raise UserError(Problem(where, f'no {kind} is called "{name}"', f'{known}, or your own as "file.py:function"', nearest(name, table)))
+
+
+def _load(row: str) -> Any:
+    module, _, attribute = row.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _find_own(name: str, where: str) -> Any:
+    place, _, attribute = name.rpartition(":")
+    if place.endswith(".py"):
+        path = pathlib.Path(place)
+        if not path.is_file():
+            raise UserError(Problem(where, f'"{name}": there is no file {path.resolve()}', do="give the path of a Python file"))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ImportError as error:
+            raise UserError(Problem(where, f'"{name}": {error}', do='install the package, or use "file.py:function"')) from error
+    if not hasattr(module, attribute):
+        raise UserError(Problem(where, f'"{name}": {place} has no "{attribute}"'))
+    return getattr(module, attribute)
+
+
+def settings_of(target: Any) -> type[BaseModel]:
+    """The pydantic model of what `target` may be told: its own fields, or its keyword-only parameters."""
+    if inspect.isclass(target) and issubclass(target, BaseModel):
+        return target
+    fields: dict[str, Any] = {}
+    for parameter in inspect.signature(target, eval_str=True).parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+            fields[parameter.name] = (parameter.annotation, default)
+    return create_model(f"{target.__name__}_settings", __base__=Settings, **fields)
+
+
+def first_line(target: Any) -> str:
+    """The first sentence of what a named thing says of itself."""
+    lines = (inspect.getdoc(target) or "").strip().splitlines()
+    return lines[0] if lines else ""

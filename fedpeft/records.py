@@ -1,0 +1,108 @@
+"""What travels through a round: plain frozen records that know nothing of Flower or torch.
+
+    server                          client
+    Assignment  -- wire.py -->      worker.answer
+    Update, Failure  <-- wire.py -- (its reply)
+    RoundRecord  -> rounds.jsonl
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Arrays = dict[str, NDArray[Any]]
+"""Named tensors outside torch: float32 unless a `TensorSpec` says otherwise. The only form in which parameters cross a boundary."""
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two factors of one adapted matrix: its update is s * B @ A."""
+
+    module: str
+    A: str  # name of the [r, d_in] tensor
+    B: str  # name of the [d_out, r] tensor
+    s: float  # PEFT's own `scaling`: alpha / r, or alpha / sqrt(r) with rsLoRA
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the global adapter looks like; names are those of PEFT's adapter_model.safetensors."""
+
+    tensors: Mapping[str, TensorSpec]
+    pairs: tuple[Pair, ...] = ()
+    head: tuple[str, ...] = ()  # whole layers that travel beside the adapter (the classifier)
+    output_weight: str | None = None  # the head's last [labels, features] matrix
+    output_bias: str | None = None
+
+    @staticmethod
+    def specs(arrays: Arrays) -> dict[str, TensorSpec]:
+        return {name: TensorSpec(arrays[name].shape, str(arrays[name].dtype)) for name in sorted(arrays)}
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the server asks of one client."""
+
+    action: str  # a row of worker.ACTIONS: train, or a survey before round 1
+    round: int  # counted from 1; 0 is the time before training
+    client: int
+    arrays: Arrays
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client answers: values (not differences) of the tensors it was asked for."""
+
+    round: int
+    client: int
+    arrays: Arrays
+    examples: int  # n_k, the weight of the client in an average
+    metrics: Metrics = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that did not deliver. A record, not an exception: the round goes on with the rest."""
+
+    round: int
+    client: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One line of rounds.jsonl. Round 0 holds what was measured and exchanged before training."""
+
+    round: int
+    asked: int
+    accepted: int
+    rejected: dict[str, int]  # reason -> how many clients
+    rejected_clients: dict[str, str]  # client -> reason, in full
+    loss: float | None  # n_k-weighted mean of the clients' own training losses
+    metrics: Metrics  # on the server's held-out test split
+    examples: int
+    bytes_up: int  # serialised messages, clients to server
+    bytes_down: int
+    update_norm: float  # of the global state's move, over all tensors
+    client_update_norms: dict[str, float]
+    seconds: dict[str, float]  # by phase
+    epsilon: float | None = None
+    report: dict[str, float] = field(default_factory=dict)  # what the strategy has to say
+
+
+def all_finite(arrays: Arrays) -> bool:
+    return all(bool(np.isfinite(array).all()) for array in arrays.values())
