@@ -69,8 +69,8 @@ class Columns(Section):
     text: str = Field("text", description="the text to classify")
     text_pair: str | None = Field(None, description="the second text of a pair")
     label: str = Field("label", description="the class")
-    client: str | None = Field(None, description="who owns the row, for partition natural")
-    domain: str | None = Field(None, description="where the row comes from, for partition domain")
+    client: str | None = Field("client", description="who owns the row, if there is such a column (partition natural)")
+    domain: str | None = Field("domain", description="where the row comes from, if there is such a column (partition domain)")
 
 
 class DataSection(OpenSection):
@@ -84,7 +84,6 @@ class DataSection(OpenSection):
     labels: list[str] | None = Field(None, description="the classes in order; null: those that occur, sorted")
     max_length: int = Field(64, ge=2, le=131072, description="tokens kept of an example; the rest is cut off at the end")
     max_examples: int | None = Field(None, ge=1, description="use a random subset of this many examples (before the split)")
-    test: str | None = Field(None, description="a separate file with the server's test split; null: the folder's or data set's own, else test_fraction")
     test_fraction: Share = Field(0.2, description="held out for the server's evaluation when there is no test split")
     validation_fraction: Share = Field(0.0, description="held out of every client's own examples for its own evaluation")
 

@@ -70,7 +70,8 @@ class Settings(BaseModel):
 
 
 def find(kind: str, name: str, where: str | None = None, fallback: str | None = None) -> Any:
-    """The object called `name` in the table of `kind`, or in the user's own file or package, or else the `fallback` row.
+    """The object called `name` in the table of `kind`, or in the user's own file or package, or else what the `fallback` row
+    makes of the name.
 
     Raises UserError with the nearest known name when there is none. `where` is the config key for the message.
     """
@@ -81,7 +82,7 @@ def find(kind: str, name: str, where: str | None = None, fallback: str | None = 
     if ":" in name:
         return _find_own(name, where)
     if fallback is not None:
-        return _load(fallback)
+        return _load(fallback)(name)
     known = ", ".join(sorted(table))
     raise UserError(Problem(where, f'no {kind} is called "{name}"', f'{known}, or your own as "file.py:function"', nearest(name, table)))
 

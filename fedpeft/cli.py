@@ -1,0 +1,143 @@
+"""The command line: one function a command, all of them thin. Heavy imports happen inside the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from fedpeft import environment
+from fedpeft.errors import FedpeftError, Problem, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0 done, 1 stopped, 2 bad input, 130 interrupted."""
+    environment.prepare()
+    given = _parser().parse_args(arguments)
+    try:
+        return int(given.command(given) or 0)
+    except FedpeftError as error:
+        for line in str(error).splitlines():
+            print(f"fedpeft: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fedpeft: interrupted; a run goes on with --resume after its last whole round", file=sys.stderr)
+        return 130
+
+
+def simulate(given: argparse.Namespace) -> None:
+    """run a federation on this machine"""
+    from fedpeft.config import Config
+    from fedpeft.screen import choose
+    from fedpeft.server.run_folder import RunFolder
+
+    path, overrides = _config_and_overrides(given.config)
+    if given.resume and path is None and not overrides and given.out is not None:
+        path = str(RunFolder(pathlib.Path(given.out)).config)
+    config = Config.load(path, overrides)
+    with choose(json=given.json) as screen:
+        from fedpeft.simulations.run import simulate as run
+
+        run(config, given.out, given.resume, screen)
+
+
+def partition(given: argparse.Namespace) -> None:
+    """show how the data is split over the clients"""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedpeft.config import Config
+    from fedpeft.data import partitions
+    from fedpeft.data.partitions.picture import draw
+    from fedpeft.simulations.assemble import deal
+
+    config = Config.load(*_config_and_overrides(given.config))
+    corpus, dealt = (split := deal(config)).corpus, split.partition
+    header, rows, measures = partitions.table(dealt, corpus.train)
+    shown = Table(*header)
+    for row in rows[: given.rows]:
+        shown.add_row(*row)
+    Console().print(shown)
+    if len(rows) > given.rows:
+        print(f"... and {len(rows) - given.rows} more clients (--rows shows more)")
+    for name, value in measures.items():
+        print(f"{name}: {value:.4g}")
+    if given.out:
+        out = pathlib.Path(given.out)
+        out.mkdir(parents=True, exist_ok=True)
+        counts = partitions.label_counts(dealt, corpus.train)
+        draw(counts, corpus.train.label_names, dealt.names, out / "partition.png")
+        lines = [",".join(_csv(cell) for cell in row) for row in (header, *rows)]
+        (out / "partition.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        print(f"{out / 'partition.png'} and {out / 'partition.csv'} written")
+
+
+def report(given: argparse.Namespace) -> None:
+    """one page that shows a run, or compares several"""
+    from fedpeft.report import write_report
+    from fedpeft.runs import read_run
+
+    runs = [read_run(pathlib.Path(folder)) for folder in given.runs]
+    out = pathlib.Path(given.out) if given.out else pathlib.Path(given.runs[0])
+    if len(runs) > 1 and not given.out:
+        raise UserError(Problem("--out", "several runs need a folder for their comparison", do="name it with --out"))
+    out.mkdir(parents=True, exist_ok=True)
+    for written in write_report(runs, out):
+        print(written)
+
+
+def list_names(given: argparse.Namespace) -> None:
+    """what a config may name, and every key it may hold"""
+    from fedpeft.listing import describe
+
+    for line in describe(given.kind):
+        print(line)
+
+
+def doctor(given: argparse.Namespace) -> None:
+    """whether this machine is ready"""
+    from fedpeft.listing import examine
+
+    for line in examine():
+        print(line)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "simulate": simulate,
+    "partition": partition,
+    "report": report,
+    "list": list_names,
+    "doctor": doctor,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fedpeft", description="Federated fine-tuning of Hugging Face models with LoRA-family adapters.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    made = {}
+    for name, command in COMMANDS.items():
+        made[name] = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+        made[name].set_defaults(command=command)
+    for name in ("simulate", "partition"):
+        made[name].add_argument("config", nargs="*", metavar="CONFIG key=value", help="a YAML file and overrides; without a file: the quickstart")
+    made["simulate"].add_argument("--out", metavar="DIR", help="the run folder (default: runs/NAME)")
+    made["simulate"].add_argument("--resume", action="store_true", help="continue the run in --out after its last whole round")
+    made["simulate"].add_argument("--json", action="store_true", help="one JSON object a line instead of a progress bar")
+    made["partition"].add_argument("--out", metavar="DIR", help="write partition.png and partition.csv there")
+    made["partition"].add_argument("--rows", type=int, default=40, metavar="N", help="clients shown in the table (default: 40)")
+    made["report"].add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    made["report"].add_argument("--out", metavar="DIR", help="where the comparison of several runs goes")
+    made["list"].add_argument("kind", nargs="?", default="kinds", help='such as "strategy"; "config" lists every key')
+    return parser
+
+
+def _config_and_overrides(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """A first word without "=" is the config file."""
+    if words and "=" not in words[0]:
+        return words[0], list(words[1:])
+    return None, list(words)
+
+
+def _csv(cell: str) -> str:
+    return '"' + cell.replace('"', '""') + '"' if set(cell) & set(',"\n') else cell

@@ -1,0 +1,108 @@
+"""From a source's rows to what the run works on: checked `Examples`, a train part to deal out and a test part for the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedpeft import seeds
+from fedpeft.config import Columns, DataSection
+from fedpeft.data.examples import Examples
+from fedpeft.errors import Problem, Problems, UserError
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    train: Examples  # dealt to the clients
+    test: Examples  # stays with the server
+
+
+def load(data: DataSection, roles: Mapping[str, str], seed: int) -> Corpus:
+    """Read the source that `data` names, check every row, and split off the test part.
+
+    `roles` maps what the task reads ("text") to the column that holds it. Raises UserError for missing columns, rows that
+    are not text, and labels outside the set, each with the row.
+    """
+    found = data.build()
+    splits = found if isinstance(found, Mapping) else {"train": list(found)}
+    if data.max_examples is not None and data.max_examples < len(splits["train"]):
+        kept = np.sort(seeds.generator(seed, "max_examples").choice(len(splits["train"]), data.max_examples, replace=False))
+        splits = {**splits, "train": [splits["train"][row] for row in kept]}
+    for split, rows in splits.items():
+        _check_columns(rows, data, roles, split)
+    names = tuple(data.labels) if data.labels else _label_names(splits["train"], data.columns.label)
+    parts = {split: _examples(rows, data, roles, names, split) for split, rows in splits.items()}
+    if "test" in parts:
+        return Corpus(parts["train"], parts["test"])
+    return _hold_out(parts["train"], data.test_fraction, seed)
+
+
+def _check_columns(rows: Sequence[Row], data: DataSection, roles: Mapping[str, str], split: str) -> None:
+    there = set(rows[0])
+    problems = Problems()
+    wanted = {f"data.columns.{role}": column for role, column in {**roles, "label": data.columns.label}.items()}
+    for key in data.columns.model_fields_set & {"client", "domain"}:
+        if column := getattr(data.columns, key):
+            wanted[f"data.columns.{key}"] = column
+    for key, column in wanted.items():
+        if column not in there:
+            problems.add(key, f'the {split} rows of {data.name} have no column "{column}"', ", ".join(sorted(there)), "name the column under data.columns")
+    problems.raise_if_any()
+
+
+def _label_names(rows: Sequence[Row], column: str) -> tuple[str, ...]:
+    """The classes that occur: numbers in their order, anything else by name."""
+    values = {row[column] for row in rows}
+    if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+        return tuple(str(value) for value in sorted(values))
+    return tuple(sorted({str(value) for value in values}))
+
+
+def _examples(rows: Sequence[Row], data: DataSection, roles: Mapping[str, str], names: tuple[str, ...], split: str) -> Examples:
+    codes = {name: code for code, name in enumerate(names)}
+    problems = Problems()
+    for role, column in roles.items():
+        if (bad := next((row for row, cells in enumerate(rows) if not isinstance(cells[column], str)), None)) is not None:
+            problems.add(f"data.columns.{role}", f"row {bad + 1} of the {split} rows holds {rows[bad][column]!r} where a text should be")
+    label = data.columns.label
+    if (bad := next((row for row, cells in enumerate(rows) if str(cells[label]) not in codes), None)) is not None:
+        problems.add(
+            "data.labels" if data.labels else "data.columns.label",
+            f"row {bad + 1} of the {split} rows has the label {str(rows[bad][label])!r}",
+            ", ".join(names[:20]) + (", ..." if len(names) > 20 else ""),
+            "add it to data.labels, or drop the row",
+        )
+    if len(names) < 2:
+        problems.add("data.columns.label", f'column "{label}" of {data.name} holds {len(names)} class(es)', "two or more", "name the column with the classes")
+    problems.raise_if_any()
+    return Examples(
+        columns={role: [row[column] for row in rows] for role, column in roles.items()},
+        labels=np.array([codes[str(row[label])] for row in rows], dtype=np.int64),
+        label_names=names,
+        clients=_column(rows, data.columns, "client"),
+        domains=_column(rows, data.columns, "domain"),
+    )
+
+
+def _column(rows: Sequence[Row], columns: Columns, role: str) -> tuple[str, ...] | None:
+    column = getattr(columns, role)
+    return tuple(str(row[column]) for row in rows) if column is not None and column in rows[0] else None
+
+
+def _hold_out(examples: Examples, fraction: float, seed: int) -> Corpus:
+    """A test part of each class's `fraction`, so that rare classes are tested too."""
+    assert examples.labels is not None
+    generator = seeds.generator(seed, "test_split")
+    test = [
+        generator.permutation(np.flatnonzero(examples.labels == code))[: round(fraction * int((examples.labels == code).sum()))]
+        for code in range(len(examples.label_names))
+    ]
+    held = np.sort(np.concatenate(test))
+    if not len(held):
+        raise UserError(Problem("data.test_fraction", f"{fraction} of {len(examples)} examples leaves nothing to test on", do="raise it, or name a test split"))
+    return Corpus(train=examples.take(np.setdiff1d(np.arange(len(examples)), held)), test=examples.take(held))

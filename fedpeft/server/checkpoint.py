@@ -1,0 +1,82 @@
+"""The state of a run after a completed round, on disk so that a kill at any moment costs at most the round it fell in.
+
+    RUN/checkpoint/round-00007/  arrays.safetensors  strategy.safetensors  state.json (with the hashes of the other files)
+
+A checkpoint is written beside its final place and renamed: it is there as a whole or not at all. The newest that is
+whole is used. No generator is stored: each is derived from (seed, purpose, round, client).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from dataclasses import dataclass
+
+from safetensors.numpy import load, save
+
+from fedpeft.records import Arrays
+
+KEPT = 2  # the newest, and one behind it
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the server knows after `round`."""
+
+    round: int
+    arrays: Arrays  # the global adapter and head
+    strategy: Arrays  # what the strategy remembers
+
+
+def write(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
+    """Put `checkpoint` on disk, then drop those older than the last two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"round-{checkpoint.round:05d}"
+    beside = folder / f".{final.name}.new"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    files = {"arrays.safetensors": save(checkpoint.arrays), "strategy.safetensors": save(checkpoint.strategy)}
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    files["state.json"] = json.dumps({"round": checkpoint.round, "sha256": hashes}).encode()
+    for name, data in files.items():
+        _write_durably(beside / name, data)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(beside, final)
+    _sync(folder)
+    for old in _rounds(folder)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def latest(folder: pathlib.Path) -> Checkpoint | None:
+    """The newest whole checkpoint in `folder`; torn ones are passed over."""
+    for place in reversed(_rounds(folder)):
+        try:
+            state = json.loads((place / "state.json").read_bytes())
+            data = {name: (place / name).read_bytes() for name in state["sha256"]}
+        except (OSError, ValueError, KeyError):
+            continue
+        if all(hashlib.sha256(data[name]).hexdigest() == expected for name, expected in state["sha256"].items()):
+            return Checkpoint(state["round"], load(data["arrays.safetensors"]), load(data["strategy.safetensors"]))
+    return None
+
+
+def _rounds(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(folder.glob("round-*"))
+
+
+def _write_durably(path: pathlib.Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: pathlib.Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

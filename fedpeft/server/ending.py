@@ -1,0 +1,69 @@
+"""The end of a run: the run folder is filled with what people and other programs read."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import TYPE_CHECKING, Any
+
+from fedpeft import report
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.data import partitions
+from fedpeft.data.corpus import Corpus
+from fedpeft.data.partitions import Partition
+from fedpeft.server.rounds import Federation, Outcome
+from fedpeft.server.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from fedpeft.records import RoundRecord
+
+VERSIONED = ("fedpeft", "flwr", "torch", "transformers", "peft", "numpy")
+
+
+def end(federation: Federation, outcome: Outcome, adapted: Adapted, corpus: Corpus, partition: Partition, folder: RunFolder) -> dict[str, Any]:
+    """Write adapter, summary, pictures and report; the summary."""
+    adapted.write(outcome.arrays)
+    adapted.save(folder.adapter)
+    summary = summarise(federation, outcome, adapted)
+    folder.write_summary(summary)
+    if corpus.train.labels is not None:
+        counts = partitions.label_counts(partition, corpus.train)
+        partitions.draw(counts, corpus.train.label_names, partition.names, folder.path / "partition.png")
+    run = report.read_run(folder.path)
+    report.curves([run], folder.path / "curves.png")
+    report.write_report([run], folder.path)
+    return summary
+
+
+def summarise(federation: Federation, outcome: Outcome, adapted: Adapted) -> dict[str, Any]:
+    """The run in one object: the contract of summary.json."""
+    config, records = federation.config, outcome.records
+    trained = [record for record in records if record.round > 0]
+    best = max(trained or records, key=lambda record: record.metrics[federation.primary_metric])
+    return {
+        "name": config.name,
+        "strategy": config.strategy.name,
+        "adapter": config.adapter.name,
+        "seed": config.seed,
+        "rounds_completed": len(trained),
+        "stopped_because": outcome.stopped_because,
+        "primary_metric": federation.primary_metric,
+        "initial": records[0].metrics,
+        "metrics": records[-1].metrics,
+        "best": {"round": best.round, **best.metrics},
+        "bytes_up": sum(record.bytes_up for record in records),
+        "bytes_down": sum(record.bytes_down for record in records),
+        "trainable_parameters": adapted.trainable_parameters,
+        "base_parameters": adapted.base_parameters,
+        "privacy": None,
+        "seconds": _seconds(records),
+        "rejected_updates": sum(sum(record.rejected.values()) for record in records),
+        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONED}},
+    }
+
+
+def _seconds(records: list[RoundRecord]) -> dict[str, float]:
+    """By phase, over all rounds, and their total."""
+    phases = sorted({phase for record in records for phase in record.seconds})
+    spent = {phase: sum(record.seconds.get(phase, 0.0) for record in records) for phase in phases}
+    return {**spent, "total": sum(spent.values())}

@@ -1,0 +1,74 @@
+"""From a config to the parts of a federation, every problem of the input found before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedpeft import base, seeds
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.adapter import Adapter
+from fedpeft.client.node import Node
+from fedpeft.client.worker import Worker
+from fedpeft.config import Config
+from fedpeft.data import corpus, partitions
+from fedpeft.data.corpus import Corpus
+from fedpeft.data.encoded import Encoded
+from fedpeft.data.partitions import Partition
+from fedpeft.errors import Problems
+from fedpeft.lookup import find
+from fedpeft.strategies.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Split:
+    """The data of a run, dealt out."""
+
+    corpus: Corpus
+    partition: Partition
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A federation, loaded and ready for round 1."""
+
+    split: Split
+    adapted: Adapted
+    strategy: Strategy
+    task: Any
+    worker: Worker
+    test: Encoded
+
+
+def deal(config: Config) -> Split:
+    """Read the data and split it over the clients. Raises UserError."""
+    task = find("task", config.model.task)()
+    found = corpus.load(config.data, task.roles(config.data.columns), config.seed)
+    return Split(found, partitions.split(config.partition, found.train, seeds.generator(config.seed, "partition")))
+
+
+def assemble(config: Config) -> Parts:
+    """Load data, model and adapter. Raises one UserError with the problems of all three."""
+    task = find("task", config.model.task)()
+    adapter: Adapter = config.adapter.build()
+    problems = Problems()
+    split: Split | None = None
+    with problems.gather():
+        split = deal(config)
+    labels = len(split.corpus.train.label_names) if split else 2
+    with problems.gather():
+        adapter.check(base.skeleton(config.model, task, labels), task.peft_task)
+    with problems.gather():
+        base.choose_device(config.training)
+    problems.raise_if_any()
+    assert split is not None
+    loaded = base.load(config.model, task, labels, config.training, config.seed)
+    adapted = adapter.attach(loaded, task.peft_task, config.seed, train_head=config.training.head == "trained")
+    strategy: Strategy = config.strategy.build()
+    train = task.encode(split.corpus.train, loaded.tokenizer, config.data.max_length)
+    nodes = {
+        client: Node.split(client, train.take(rows), config.data.validation_fraction, config.seed)
+        for client, rows in enumerate(split.partition.indices)
+    }
+    test = task.encode(split.corpus.test, loaded.tokenizer, config.data.max_length)
+    return Parts(split, adapted, strategy, task, Worker(config, adapted, task, strategy, nodes), test)

@@ -1,0 +1,99 @@
+"""`simulate`: a whole federation in this process, from a config to a run folder."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fedpeft.config import Config
+from fedpeft.errors import Problem, UserError
+from fedpeft.lookup import find
+from fedpeft.quiet import quiet_libraries
+from fedpeft.records import Arrays, Metrics
+from fedpeft.screen import Screen, choose
+from fedpeft.server import rounds
+from fedpeft.server.ending import end
+from fedpeft.server.run_folder import RunFolder
+from fedpeft.simulations.assemble import Parts, assemble
+from fedpeft.training.evaluate import evaluate
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `simulate` gives back; the same is on disk in `folder`."""
+
+    summary: dict[str, Any]
+    folder: pathlib.Path
+    arrays: Arrays
+
+    @property
+    def adapter_dir(self) -> pathlib.Path:
+        """The federated adapter as a plain PEFT folder."""
+        return RunFolder(self.folder).adapter
+
+
+def simulate(config: Config, out: str | pathlib.Path | None = None, resume: bool = False, screen: Screen | None = None) -> RunResult:
+    """Run the federation of `config` in this process and write its run folder (`runs/NAME`, or NAME-2 and so on, when `out` is None).
+
+    With `resume`, the run in `out` is continued after its last whole round; the final adapter is bit-identical to that of
+    an uninterrupted run. Raises UserError for problems of the input, RunStopped when the run cannot go on.
+    """
+    screen = screen or choose(json=False)
+    if resume and out is None:
+        raise UserError(Problem("--resume", "no run to resume", do="give its folder with --out"))
+    folder = RunFolder(pathlib.Path(out) if out is not None else _free_folder(config.name))
+    with quiet_libraries():
+        parts = assemble(config)
+        if resume:
+            folder.reopen(config)
+        else:
+            folder.create(config)
+        screen.started(config, _facts(parts, folder))
+        grid = find("simulation", config.simulation.engine)(parts.worker)
+        federation = _federation(config, parts, lambda: grid.roster)
+        outcome = rounds.run(federation, grid, folder, screen)
+        summary = end(federation, outcome, parts.adapted, parts.split.corpus, parts.split.partition, folder)
+    screen.finished(summary, folder.path)
+    return RunResult(summary, folder.path, outcome.arrays)
+
+
+def _free_folder(name: str) -> pathlib.Path:
+    folder, number = pathlib.Path("runs") / name, 2
+    while folder.exists():
+        folder, number = pathlib.Path("runs") / f"{name}-{number}", number + 1
+    return folder
+
+
+def _facts(parts: Parts, folder: RunFolder) -> dict[str, Any]:
+    return {
+        "clients": len(parts.worker.nodes),
+        "train_examples": len(parts.split.corpus.train),
+        "test_examples": len(parts.test),
+        "trainable_parameters": parts.adapted.trainable_parameters,
+        "base_parameters": parts.adapted.base_parameters,
+        "primary_metric": parts.task.primary_metric,
+        "out": str(folder.path),
+    }
+
+
+def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int]]) -> rounds.Federation:
+    layout = parts.adapted.layout()
+    head_init = find("head_init", config.training.head_init)()
+
+    def measure(arrays: Arrays) -> Metrics:
+        return evaluate(parts.adapted, parts.task, arrays, parts.test, config.training.per_device_eval_batch_size)
+
+    return rounds.Federation(
+        config=config,
+        strategy=parts.strategy,
+        base=parts.adapted.base.fingerprint,
+        layout=layout,
+        arrays=parts.adapted.read(),
+        trained=parts.adapted.trained,
+        evaluate=measure,
+        primary_metric=parts.task.primary_metric,
+        roster=roster,
+        survey=rounds.Survey(config.training.head_init, lambda total: head_init.finish(total, layout)) if head_init.asks else None,
+    )

@@ -1,0 +1,57 @@
+"""The reference engine: one client at a time, stock Transformers and PEFT, written to be read.
+
+A step of client k:   L = mean over the records of the step's batches;   clip(grad L);   optimiser step
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fedpeft import seeds
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.config import Config
+from fedpeft.lookup import find
+from fedpeft.training import schedules
+from fedpeft.training.job import Job, Trained, batches
+
+
+def train(adapted: Adapted, task: Any, config: Config, jobs: Sequence[Job]) -> list[Trained]:
+    """Train every job from its own start, one after another."""
+    return [_train_client(adapted, task, config, job) for job in jobs]
+
+
+def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trained:
+    import torch
+
+    started = time.perf_counter()
+    training = config.training
+    adapted.write(job.start)
+    parameters = [adapted.parameters[name] for name in adapted.trained]
+    optimizer = find("optimizer", training.optimizer)(parameters, training.learning_rate, training.weight_decay)
+    schedule = find("schedule", training.lr_scheduler_type)
+    steps = batches(config, job)
+    before, total = (job.round - 1) * len(steps), config.strategy.num_rounds * len(steps)
+    losses: list[float] = []
+    adapted.model.train()
+    with seeds.torch_seed(seeds.derive(config.seed, "dropout", job.round, job.client), adapted.base.device):
+        for step, parts in enumerate(steps):
+            rate = training.learning_rate * schedules.factor(schedule, before + step, total, training.warmup_ratio)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            records = sum(len(rows) for rows in parts)
+            loss = 0.0
+            for rows in parts:
+                inputs, labels = job.data.batch(rows, adapted.base.tokenizer, adapted.base.device)
+                share = task.loss(adapted.model(**inputs).logits, labels).sum() / records
+                share.backward()
+                loss += float(share.detach())
+            if training.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+            optimizer.step()
+            losses.append(loss)
+    optimizer.zero_grad()
+    arrays = {name: adapted.parameters[name].detach().to("cpu").numpy().copy() for name in adapted.trained}
+    return Trained(arrays, sum(losses) / len(losses), len(steps), time.perf_counter() - started)
