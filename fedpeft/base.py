@@ -47,7 +47,9 @@ def choose_device(training: TrainingSection) -> str:
         torch.empty(0, device=training.device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(Problem("training.device", f'"{training.device}" cannot be used ({reason})', '"auto", "cpu", or a GPU that is there')) from error
+        raise UserError(
+            Problem("training.device", f'"{training.device}" cannot be used ({reason})', '"auto", "cpu", or a GPU that is there')
+        ) from error
     return training.device
 
 

@@ -76,13 +76,12 @@ def partition(given: argparse.Namespace) -> None:
 def report(given: argparse.Namespace) -> None:
     """one page that shows a run, or compares several"""
     from fedpeft.report import write_report
-    from fedpeft.runs import read_run
+    from fedpeft.runs import read_runs
 
-    runs = [read_run(pathlib.Path(folder)) for folder in given.runs]
+    runs = read_runs(map(pathlib.Path, given.runs))
     out = pathlib.Path(given.out) if given.out else pathlib.Path(given.runs[0])
     if len(runs) > 1 and not given.out:
         raise UserError(Problem("--out", "several runs need a folder for their comparison", do="name it with --out"))
-    out.mkdir(parents=True, exist_ok=True)
     for written in write_report(runs, out):
         print(written)
 
@@ -120,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         made[name] = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
         made[name].set_defaults(command=command)
     for name in ("simulate", "partition"):
-        made[name].add_argument("config", nargs="*", metavar="CONFIG key=value", help="a YAML file and overrides; without a file: the quickstart")
+        made[name].add_argument(
+            "config", nargs="*", metavar="CONFIG key=value", help="a YAML file and overrides; without a file: the quickstart"
+        )
     made["simulate"].add_argument("--out", metavar="DIR", help="the run folder (default: runs/NAME)")
     made["simulate"].add_argument("--resume", action="store_true", help="continue the run in --out after its last whole round")
     made["simulate"].add_argument("--json", action="store_true", help="one JSON object a line instead of a progress bar")

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fedpeft import yaml_file
 from fedpeft.errors import Problems, nearest
-from fedpeft.lookup import Settings, find, settings_of
+from fedpeft.lookup import TABLES, Settings, find, settings_of
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -60,7 +60,9 @@ class ModelSection(Section):
     named = {"task": "task"}
     name: str = Field("minilm", description='"minilm" (packaged, no download), a folder with a Hugging Face model, or a Hub id')
     task: str = Field("sequence-classification", description="what the model is fine-tuned for")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen base; adapters and head are always float32")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the frozen base; adapters and head are always float32"
+    )
 
 
 class Columns(Section):
@@ -93,7 +95,9 @@ class PartitionSection(OpenSection):
 
     named = {"name": "partitioner"}
     name: str = Field("natural", description="how examples are dealt to clients")
-    clients: int | None = Field(None, ge=1, description="number of clients; null: as many as the client column names (partition natural), else 10")
+    clients: int | None = Field(
+        None, ge=1, description="number of clients; null: as many as the client column names (partition natural), else 10"
+    )
     min_examples: int = Field(1, ge=1, description="every client gets at least this many examples, or the config is refused")
 
 
@@ -132,8 +136,12 @@ class TrainingSection(Section):
     num_train_epochs: float | None = Field(None, gt=0, description="passes over the client's own examples a round, when max_steps is null")
     warmup_ratio: Share = Field(0.0, description="share of the whole run's steps with a rising learning rate")
     lr_scheduler_type: str = Field("constant", description="over the whole run, not within a round")
-    head: Literal["trained", "frozen"] = Field("trained", description="the classification head: trained and averaged, or left as initialised")
-    head_init: str = Field("class_statistics", description="the head before round 1: random, or from class statistics summed over the clients")
+    head: Literal["trained", "frozen"] = Field(
+        "trained", description="the classification head: trained and averaged, or left as initialised"
+    )
+    head_init: str = Field(
+        "class_statistics", description="the head before round 1: random, or from class statistics summed over the clients"
+    )
     engine: str = Field("one", description="one: a client at a time")
     device: str = Field("auto", description='"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"')
 
@@ -210,7 +218,7 @@ class Config(Settings):
                     if issubclass(section, OpenSection):
                         section = section.completed(name, where((key, slot)))
                         sections[key] = (section, Field(default_factory=section))
-                    else:
+                    elif name not in TABLES[kind]:  # a row is not imported before it is used
                         find(kind, name, where((key, slot)))
                 if len(problems.found) > found:
                     strangers.add(key)

@@ -22,8 +22,8 @@ dl.cards dt { color: var(--faint); font-size: .85rem; } dl.cards dd { margin: 0;
 div.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { color: var(--faint); font-weight: 600; }
-td.words { text-align: left; white-space: normal; }
+th:first-child, td:first-child, .words { text-align: left; } th { color: var(--faint); font-weight: 600; }
+td.words { white-space: normal; }
 img { display: block; max-width: 100%; background: #ffffff; border-radius: .5rem; margin: .8rem 0; }
 details { margin: .8rem 0; } summary { cursor: pointer; font-weight: 600; }
 pre { background: var(--card); border-radius: .5rem; padding: .8rem; overflow-x: auto; font-size: .85rem; }
@@ -78,7 +78,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     kinds = [' class="words"' if name in WORDS else "" for name in head]
     body = ("".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) for row in rows)
     lines = "\n".join(f"<tr>{cells}</tr>" for cells in body)
-    names = "".join(f"<th>{escape(name)}</th>" for name in head)
+    names = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
     return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>\n{lines}\n</tbody></table></div>'
 
 

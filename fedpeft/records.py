@@ -1,9 +1,9 @@
 """What travels through a round: plain frozen records that know nothing of Flower or torch.
 
-    server                          client
-    Assignment  -- wire.py -->      worker.answer
-    Update, Failure  <-- wire.py -- (its reply)
-    RoundRecord  -> rounds.jsonl
+server                          client
+Assignment  -- wire.py -->      worker.answer
+Update, Failure  <-- wire.py -- (its reply)
+RoundRecord  -> rounds.jsonl
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A run as it is read back from its folder, after the last round: what reports and studies start from.
 
-Reads RUN/summary.json, RUN/rounds.jsonl and RUN/config.yaml and trusts none of them: what cannot be read is said in one line.
+Reads RUN/summary.json, RUN/rounds.jsonl and RUN/config.yaml; what is missing or damaged is said in one line each.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from fedpeft.records import RoundRecord
 
 FILES = ("summary.json", "rounds.jsonl", "config.yaml")
 
-SUMMARY_KEYS = {
-    *("name", "strategy", "adapter", "seed", "versions", "rounds_completed", "stopped_because", "rejected_updates"),
-    *("primary_metric", "metrics", "initial", "best", "privacy", "seconds", "bytes_up", "bytes_down"),
-    *("trainable_parameters", "base_parameters"),
-}
+SUMMARY_KEYS = frozenset(
+    {
+        *("name", "strategy", "adapter", "seed", "versions", "rounds_completed", "stopped_because", "rejected_updates"),
+        *("primary_metric", "metrics", "initial", "best", "privacy", "seconds", "bytes_up", "bytes_down"),
+        *("trainable_parameters", "base_parameters"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -33,34 +35,34 @@ class Run:
     rounds: tuple[RoundRecord, ...]  # round 0, measured before training, comes first
     config: Mapping[str, Any]
 
-    @classmethod
-    def read(cls, folder: pathlib.Path) -> Run:
-        """The run in `folder`. Raises UserError when the folder holds none, or what it holds cannot be read."""
-        missing = [name for name in FILES if not (folder / name).is_file()]
-        if missing:
-            raise UserError(_no_run(folder, missing))
-        lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-        places = [(f"{folder / 'rounds.jsonl'}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-        return cls(
-            folder,
-            _summary(folder / "summary.json"),
-            tuple(_round(_parsed(line, where), where) for where, line in places),
-            yaml_file.read(folder / "config.yaml")[0],
-        )
-
     @property
     def primary_metric(self) -> str:
         """The metric that says how good the run is; the others explain it."""
         return str(self.summary["primary_metric"])
 
 
-def read_all(folders: Iterable[pathlib.Path]) -> list[Run]:
+def read_run(folder: pathlib.Path) -> Run:
+    """The run in `folder`. Raises UserError when the folder holds none, or what it holds cannot be read."""
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise UserError(_no_run(folder, missing))
+    lines = _text(folder / "rounds.jsonl").splitlines()
+    places = [(f"{folder / 'rounds.jsonl'}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    return Run(
+        folder,
+        _summary(folder / "summary.json"),
+        tuple(_round(_parsed(line, where), where) for where, line in places),
+        yaml_file.read(folder / "config.yaml")[0],
+    )
+
+
+def read_runs(folders: Iterable[pathlib.Path]) -> list[Run]:
     """The runs in the folders, each once. Raises UserError with what is wrong with every one of them."""
     problems = Problems()
     runs = {}
     for folder in folders:
         with problems.gather():
-            runs[folder.resolve()] = Run.read(folder)
+            runs[folder.resolve()] = read_run(folder)
     problems.raise_if_any()
     return list(runs.values())
 
@@ -79,7 +81,9 @@ def differing(runs: Sequence[Run]) -> dict[str, list[str]]:
     """The settings in which the runs differ: dotted key -> its value in each run, "-" where a run has no such key."""
     flat = [_flat(run.config) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)
-    rows = {key: [json.dumps(one[key], ensure_ascii=False) if key in one else "-" for one in flat] for key in keys if key != "name"}
+    rows = {
+        key: [json.dumps(one[key], ensure_ascii=False, default=str) if key in one else "-" for one in flat] for key in keys if key != "name"
+    }
     return {key: [value.strip('"') for value in values] for key, values in rows.items() if len(set(values)) > 1}
 
 
@@ -99,6 +103,13 @@ def _no_run(folder: pathlib.Path, missing: list[str]) -> Problem:
     return Problem(str(folder), f"has no {', '.join(missing)}", allowed, "the run has not finished: continue it with --resume")
 
 
+def _text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(Problem(str(path), f"cannot be read ({error})")) from error
+
+
 def _parsed(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -110,7 +121,7 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
 
 
 def _summary(path: pathlib.Path) -> dict[str, Any]:
-    summary = _parsed(path.read_text(encoding="utf-8"), str(path))
+    summary = _parsed(_text(path), str(path))
     absent = sorted(SUMMARY_KEYS - summary.keys())
     if absent:
         raise UserError(Problem(str(path), f"has no {', '.join(absent)}", do="it was written by another version; run it again"))

@@ -84,5 +84,5 @@ def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     privacy = summary.get("privacy")
     if privacy:
-        rows.append(("privacy", f"epsilon {format_number(privacy['epsilon'])} at delta {privacy['delta']:g}, unit {privacy['unit']}"))
+        rows.append(("privacy", f"epsilon {privacy['epsilon']:.4g} at delta {privacy['delta']:g}, unit {privacy['unit']}"))
     return rows

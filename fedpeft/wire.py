@@ -64,7 +64,9 @@ def message_to_answer(message: Message) -> tuple[Update | Failure, str]:
     metrics = header.get("metrics")
     if not isinstance(metrics, dict) or not all(isinstance(key, str) and _is_number(value) for key, value in metrics.items()):
         raise WireError("metrics are not numbers by name")
-    update = Update(round, client, arrays, _whole(header, "examples"), {k: float(v) for k, v in metrics.items()}, _number(header, "seconds"))
+    update = Update(
+        round, client, arrays, _whole(header, "examples"), {k: float(v) for k, v in metrics.items()}, _number(header, "seconds")
+    )
     return update, base
 
 

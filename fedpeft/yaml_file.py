@@ -41,7 +41,9 @@ def _number_keys(node: yaml.MappingNode, above: Path, lines: dict[Path, int], pa
         here = (*above, str(key.value))
         line = key.start_mark.line + 1
         if here in lines:
-            raise UserError(Problem(f"{path}, line {line}", f'"{".".join(here)}" stands twice (first in line {lines[here]})', do="keep one of the two"))
+            raise UserError(
+                Problem(f"{path}, line {line}", f'"{".".join(here)}" stands twice (first in line {lines[here]})', do="keep one of the two")
+            )
         lines[here] = line
         if isinstance(value, yaml.MappingNode):
             _number_keys(value, here, lines, path)

@@ -26,7 +26,9 @@ class Adapter(Settings):
         import torch
         from peft import get_peft_model
 
-        linear = sorted({name.rsplit(".", 1)[-1] for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear)})
+        linear = sorted(
+            {name.rsplit(".", 1)[-1] for name, module in skeleton.base_model.named_modules() if isinstance(module, torch.nn.Linear)}
+        )
         try:
             get_peft_model(skeleton, self.peft_config(peft_task))
         except (ValueError, TypeError, KeyError) as error:

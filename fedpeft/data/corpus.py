@@ -46,12 +46,17 @@ def _check_columns(rows: Sequence[Row], data: DataSection, roles: Mapping[str, s
     there = set(rows[0])
     problems = Problems()
     wanted = {f"data.columns.{role}": column for role, column in {**roles, "label": data.columns.label}.items()}
-    for key in data.columns.model_fields_set & {"client", "domain"}:
-        if column := getattr(data.columns, key):
+    for key in ("client", "domain"):  # used when there, asked for only when the config names another than the usual one
+        if (column := getattr(data.columns, key)) not in (None, Columns.model_fields[key].default):
             wanted[f"data.columns.{key}"] = column
     for key, column in wanted.items():
         if column not in there:
-            problems.add(key, f'the {split} rows of {data.name} have no column "{column}"', ", ".join(sorted(there)), "name the column under data.columns")
+            problems.add(
+                key,
+                f'the {split} rows of {data.name} have no column "{column}"',
+                ", ".join(sorted(there)),
+                "name the column under data.columns",
+            )
     problems.raise_if_any()
 
 
@@ -78,7 +83,12 @@ def _examples(rows: Sequence[Row], data: DataSection, roles: Mapping[str, str], 
             "add it to data.labels, or drop the row",
         )
     if len(names) < 2:
-        problems.add("data.columns.label", f'column "{label}" of {data.name} holds {len(names)} class(es)', "two or more", "name the column with the classes")
+        problems.add(
+            "data.columns.label",
+            f'column "{label}" of {data.name} holds {len(names)} class(es)',
+            "two or more",
+            "name the column with the classes",
+        )
     problems.raise_if_any()
     return Examples(
         columns={role: [row[column] for row in rows] for role, column in roles.items()},
@@ -104,5 +114,11 @@ def _hold_out(examples: Examples, fraction: float, seed: int) -> Corpus:
     ]
     held = np.sort(np.concatenate(test))
     if not len(held):
-        raise UserError(Problem("data.test_fraction", f"{fraction} of {len(examples)} examples leaves nothing to test on", do="raise it, or name a test split"))
+        raise UserError(
+            Problem(
+                "data.test_fraction",
+                f"{fraction} of {len(examples)} examples leaves nothing to test on",
+                do="raise it, or name a test split",
+            )
+        )
     return Corpus(train=examples.take(np.setdiff1d(np.arange(len(examples)), held)), test=examples.take(held))

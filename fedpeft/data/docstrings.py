@@ -28,7 +28,7 @@ Documented = Function | ast.ClassDef
 
 def docstrings(
     *,
-    label: Annotated[Literal["returns", "package"], Field(description="what is asked of a docstring")] = "returns",
+    question: Annotated[Literal["returns", "package"], Field(description="what is asked of a docstring")] = "returns",
     packages: Annotated[list[str], Field(min_length=2, description="packages and modules of the standard library")] = list(PACKAGES),  # noqa: B006
 ) -> list[dict[str, Any]]:
     """Docstrings of the standard library, one row each: text, label, client (its package), name.
@@ -37,7 +37,7 @@ def docstrings(
     out; with fewer than two left a UserError is raised.
     """
     library = pathlib.Path(sysconfig.get_path("stdlib"))
-    answer = QUESTIONS[label]
+    answer = QUESTIONS[question]
     rows: list[dict[str, Any]] = []
     for package in sorted(packages):
         for node in _documented(library, package):

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from fedpeft.errors import Problem, UserError
+from fedpeft.quiet import quiet_libraries
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 """File endings (`.gz` may follow) and the reader of `datasets` for each."""
@@ -30,7 +31,9 @@ def place(name: str) -> Callable[..., Splits]:
 
     def read(
         *,
-        test: Annotated[str | None, Field(description="the test split: a file, or a split of the Hub data set; null: the folder's own")] = None,
+        test: Annotated[
+            str | None, Field(description="the test split: a file, or a split of the Hub data set; null: the folder's own")
+        ] = None,
         train: Annotated[str, Field(description="the training split of a Hub data set")] = "train",
         subset: Annotated[str | None, Field(description="the configuration of a Hub data set that has several")] = None,
     ) -> Splits:
@@ -90,11 +93,16 @@ def _read_hub(name: str, subset: str | None, train: str, test: str | None) -> Sp
 
     wanted = {"train": train} | ({"test": test} if test else {})
     try:
-        found = datasets.load_dataset(name, subset)
+        with quiet_libraries():
+            found = datasets.load_dataset(name, subset)
     except Exception as error:  # offline, unknown, gated: the library raises many kinds
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(
-            Problem("data.name", f'"{name}" is no file or folder here, and the Hub gave no data set of that name ({reason})', do="check the name and the network")
+            Problem(
+                "data.name",
+                f'"{name}" is no file or folder here, and the Hub gave no data set of that name ({reason})',
+                do="check the name and the network",
+            )
         ) from error
     if not test and "test" in found:
         wanted["test"] = "test"

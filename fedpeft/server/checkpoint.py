@@ -15,6 +15,7 @@ import pathlib
 import shutil
 from dataclasses import dataclass
 
+import numpy as np
 from safetensors.numpy import load, save
 
 from fedpeft.records import Arrays
@@ -38,7 +39,7 @@ def write(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
     beside = folder / f".{final.name}.new"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    files = {"arrays.safetensors": save(checkpoint.arrays), "strategy.safetensors": save(checkpoint.strategy)}
+    files = {"arrays.safetensors": _saved(checkpoint.arrays), "strategy.safetensors": _saved(checkpoint.strategy)}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files["state.json"] = json.dumps({"round": checkpoint.round, "sha256": hashes}).encode()
     for name, data in files.items():
@@ -61,6 +62,11 @@ def latest(folder: pathlib.Path) -> Checkpoint | None:
         if all(hashlib.sha256(data[name]).hexdigest() == expected for name, expected in state["sha256"].items()):
             return Checkpoint(state["round"], load(data["arrays.safetensors"]), load(data["strategy.safetensors"]))
     return None
+
+
+def _saved(arrays: Arrays) -> bytes:
+    # safetensors 0.8 writes the memory of a column-major array as if it were row-major
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
 
 
 def _rounds(folder: pathlib.Path) -> list[pathlib.Path]:

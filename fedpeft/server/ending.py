@@ -6,11 +6,14 @@ import importlib.metadata
 import platform
 from typing import TYPE_CHECKING, Any
 
-from fedpeft import report
 from fedpeft.adapters.adapted import Adapted
+from fedpeft.curves import curves
 from fedpeft.data import partitions
 from fedpeft.data.corpus import Corpus
 from fedpeft.data.partitions import Partition
+from fedpeft.data.partitions.picture import draw
+from fedpeft.report import write_report
+from fedpeft.runs import read_run
 from fedpeft.server.rounds import Federation, Outcome
 from fedpeft.server.run_folder import RunFolder
 
@@ -28,10 +31,10 @@ def end(federation: Federation, outcome: Outcome, adapted: Adapted, corpus: Corp
     folder.write_summary(summary)
     if corpus.train.labels is not None:
         counts = partitions.label_counts(partition, corpus.train)
-        partitions.draw(counts, corpus.train.label_names, partition.names, folder.path / "partition.png")
-    run = report.read_run(folder.path)
-    report.curves([run], folder.path / "curves.png")
-    report.write_report([run], folder.path)
+        draw(counts, corpus.train.label_names, partition.names, folder.path / "partition.png")
+    run = read_run(folder.path)
+    curves(run, folder.path / "curves.png")
+    write_report([run], folder.path)
     return summary
 
 

@@ -44,7 +44,7 @@ def _identity(update: Update, base: str, reply: Reply, expected: Expected) -> st
     if update.round != reply.asked.round:
         return f"stale: answers round {update.round} in round {reply.asked.round}"
     if update.client != reply.asked.client:
-        return f"answers for client {update.client}"
+        return f"wrong client: answers for {update.client}"
     if base != expected.base:
         return f"other base model: fingerprint {base}, here {expected.base}"
     return None
@@ -70,7 +70,7 @@ def movement(update: Update, expected: Expected) -> tuple[float, str | None]:
     if norm == 0:
         return norm, "did not move: the adapter came back as it was sent (learning rate 0, or nothing to train?)"
     if norm > expected.max_update_norm:
-        return norm, f"update norm {norm:.3g} above strategy.max_update_norm {expected.max_update_norm:.3g}"
+        return norm, f"over norm: {norm:.3g} above strategy.max_update_norm {expected.max_update_norm:.3g}"
     return norm, None
 
 

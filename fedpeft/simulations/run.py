@@ -40,7 +40,9 @@ def simulate(config: Config, out: str | pathlib.Path | None = None, resume: bool
     With `resume`, the run in `out` is continued after its last whole round; the final adapter is bit-identical to that of
     an uninterrupted run. Raises UserError for problems of the input, RunStopped when the run cannot go on.
     """
-    screen = screen or choose(json=False)
+    if screen is None:
+        with choose(json=False) as own:
+            return simulate(config, out, resume, own)
     if resume and out is None:
         raise UserError(Problem("--resume", "no run to resume", do="give its folder with --out"))
     folder = RunFolder(pathlib.Path(out) if out is not None else _free_folder(config.name))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedpeft.config import PartitionSection
 from fedpeft.data.examples import Examples
 from fedpeft.data.partitions import Partition, label_counts, split, table
-from fedpeft.data.partitions.dirichlet import dirichlet
+from fedpeft.data.partitions.dirichlet import cut, dirichlet
 from fedpeft.data.partitions.picture import draw
 from fedpeft.data.partitions.quantity import quantity
 from fedpeft.data.partitions.shards import shards
@@ -157,8 +157,30 @@ def test_fifty_clients_meet_their_minimum_at_an_extreme_alpha_and_moves_are_coun
     assert parts("dirichlet", examples, 50, alpha=100.0, min_examples=5).moved == 0
 
 
+def test_each_moved_example_is_counted():
+    partition = parts("quantity", data(40), 5, alpha=1e-6, min_examples=4)  # all at one client; four others take four each
+    assert partition.moved == 16
+    assert sorted(map(len, partition.indices)) == [4, 4, 4, 4, 24]
+
+
+@pytest.mark.parametrize("row", ALWAYS_FEASIBLE)
+def test_a_minimum_that_takes_every_example_is_met(row):
+    for seed in range(20):
+        assert [len(rows) for rows in parts(row, data(60), 12, seed, alpha=0.5, min_examples=5).indices] == [5] * 12
+
+
+@every_row
+def test_a_minimum_beyond_the_examples_is_refused_with_the_highest_possible(row):
+    with pytest.raises(UserError, match=r"partition\.min_examples: 6 for each of 12 clients .* 60 examples.*at most 5"):
+        parts(row, data(60), 12, min_examples=6)
+
+
 def test_a_minimum_within_reach_of_a_second_draw_moves_nothing():
     assert [parts("quantity", data(300), 5, seed, alpha=0.5, min_examples=3).moved for seed in range(20)] == [0] * 20
+
+
+def test_a_class_is_cut_within_one_row_of_its_shares():
+    assert [piece.tolist() for piece in cut(np.arange(10), np.array([0.5, 0.0, 0.24, 0.26]))] == [[0, 1, 2, 3, 4], [], [5, 6], [7, 8, 9]]
 
 
 @pytest.mark.parametrize(("drawn", "spread"), [(dirichlet, 8), (quantity, 0.8)])
@@ -199,7 +221,7 @@ def test_shards_deal_at_most_k_classes_and_divide_a_class_evenly(size, classes, 
 
 
 def test_shards_give_a_larger_class_to_more_clients_so_that_sizes_stay_alike():
-    examples = Examples({"text": [""] * 1000}, np.repeat([0, 1, 2, 3], [700, 100, 100, 100]))
+    examples = Examples({"text": [""] * 1000}, np.repeat([0, 1, 2, 3], [100, 100, 700, 100]))
     assert {len(rows) for rows in shards(examples, 10, np.random.default_rng(0), classes_per_client=1)} == {100}
 
 
@@ -293,7 +315,7 @@ def test_a_picture_of_any_size_and_with_any_name_is_drawn_without_a_warning(tmp_
     labels = ["$x", "日本", "two\nlines", "a name that goes on and on and on and on", *map(str, range(4, classes))][:classes]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw(counts, labels, [f"${client}$^" for client in range(clients)], tmp_path / "partition.png")
+        draw(counts, labels, [f"${client}^$" for client in range(clients)], tmp_path / "partition.png")
     picture = imread(tmp_path / "partition.png")
     assert max(picture.shape) < 4000
     assert len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 20

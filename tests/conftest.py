@@ -1,0 +1,91 @@
+"""Shared by all tests: no Hub, no spinning threads, a tiny real-tokenizer BERT, and the small real data where it lies."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import warnings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from fedpeft import environment
+
+environment.prepare()
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+REAL_DATA = pathlib.Path(os.environ.get("FEDPEFT_DATA", ROOT.parent / "shared" / "data"))
+
+TOPICS = {
+    "sport": ["the team won the match", "a late goal in the final", "the coach praised the players", "they lost the cup game"],
+    "money": ["the bank raised its rates", "shares fell on the market", "profits of the company grew", "the loan was repaid early"],
+    "space": ["the rocket reached its orbit", "a new moon of the planet", "the telescope saw a star", "astronauts landed today"],
+}
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real data sets, where this machine has it."""
+    if not REAL_DATA.is_dir():
+        pytest.skip("the real data sets are not on this machine (set FEDPEFT_DATA to their folder)")
+    return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory):
+    """A two-layer BERT with random weights and MiniLM's real tokenizer, saved like any Hugging Face model: a folder of 4 MB."""
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    from fedpeft.base import minilm_folder
+
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(7)
+        tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+        config = BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=64,
+        )
+        BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def topics_csv(tmp_path_factory):
+    """96 short texts of three topics, with an owner and a domain each."""
+    file = tmp_path_factory.mktemp("topics") / "topics.csv"
+    rows = ["text,label,client,domain"]
+    for round in range(8):
+        for number, (label, texts) in enumerate(TOPICS.items()):
+            rows += [f"{text} {round},{label},owner{(round + number) % 4},{'print' if round % 2 else 'radio'}" for text in texts]
+    file.write_text("\n".join(rows) + "\n")
+    return file
+
+
+@pytest.fixture
+def tiny_settings(tiny_bert, topics_csv):
+    """A whole run that takes a second: four clients, three rounds."""
+    return {
+        "name": "tiny",
+        "model": {"name": str(tiny_bert)},
+        "data": {"name": str(topics_csv), "max_length": 16, "test_fraction": 0.25},
+        "partition": {"name": "dirichlet", "clients": 4, "alpha": 0.5, "min_examples": 4},
+        "adapter": {"name": "lora", "r": 4, "target_modules": ["query", "value"]},
+        "strategy": {"num_rounds": 3},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "head_init": "random"},
+    }
+
+
+@pytest.fixture
+def tiny_config(tiny_settings):
+    from fedpeft import Config
+
+    return Config.from_dict(tiny_settings)

@@ -1,0 +1,79 @@
+"""The head from class statistics: scikit-learn's linear discriminant, and exact whoever holds which rows."""
+
+import numpy as np
+import pytest
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from fedpeft.arrays import total
+from fedpeft.data.encoded import Encoded
+from fedpeft.simulations.assemble import assemble
+from fedpeft.training import evaluate
+from fedpeft.training.surveys import ClassStatistics
+
+
+def features(adapted, data):
+    """What the head's last layer is given, caught by a second, independent way: a pre-hook."""
+    caught = []
+    hook = adapted.output_layer().register_forward_pre_hook(lambda layer, inputs: caught.append(inputs[0].numpy()))
+    for row in range(len(data)):
+        evaluate.logits(adapted, data.take(np.array([row])), 1)
+    hook.remove()
+    return np.concatenate(caught)
+
+
+@pytest.fixture
+def parts(tiny_config):
+    return assemble(tiny_config)
+
+
+def everything(parts) -> Encoded:
+    nodes = parts.worker.nodes.values()
+    return Encoded([row for node in nodes for row in node.train.inputs], np.concatenate([node.train.labels for node in nodes]), 3)
+
+
+def test_sums_of_clients_are_the_sums_of_all_rows(parts):
+    survey = ClassStatistics()
+    federated = total(survey.measure(parts.adapted, node.train, 8) for node in parts.worker.nodes.values())
+    central = survey.measure(parts.adapted, everything(parts), 8)
+    for name in central:
+        np.testing.assert_allclose(federated[name], central[name], rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_are_those_of_the_features(parts):
+    data = everything(parts)
+    h = features(parts.adapted, data).astype(np.float64)
+    sums = ClassStatistics().measure(parts.adapted, data, 8)
+    np.testing.assert_allclose(sums["squares"], h.T @ h, rtol=1e-4, atol=1e-5)
+    for code in range(3):
+        np.testing.assert_allclose(sums["sums"][code], h[data.labels == code].sum(axis=0), rtol=1e-4, atol=1e-4)
+
+
+def test_the_head_decides_like_scikit_learns_discriminant():
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 3, 400)
+    h = generator.normal(size=(400, 6)) + np.array([[0] * 6, [1.5] * 6, [1.5, -1.5] * 3])[labels]
+    member = np.eye(3)[labels]
+    sums = {"counts": member.sum(axis=0), "sums": member.T @ h, "squares": h.T @ h}
+
+    class Layout:
+        output_weight, output_bias = "w", "b"
+
+    found = ClassStatistics().finish(sums, Layout)
+    ours = (h @ found["w"].T + found["b"]).argmax(axis=1)
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1 / 1.1).fit(h, labels).predict(h)
+    assert (ours == theirs).mean() > 0.99
+    assert (ours == labels).mean() > 0.85
+
+
+def test_a_class_nobody_has_is_never_predicted_on_seen_data(parts):
+    sums = ClassStatistics().measure(parts.adapted, everything(parts), 8)
+    sums["counts"][2] = 0
+    sums["sums"][2] = 0
+    found = ClassStatistics().finish(sums, parts.adapted.layout())
+    assert all(np.isfinite(array).all() for array in found.values())
+
+
+def test_measuring_leaves_the_model_as_it_was(parts):
+    before = evaluate.logits(parts.adapted, parts.test, 8)
+    ClassStatistics().measure(parts.adapted, everything(parts), 8)
+    assert np.array_equal(before, evaluate.logits(parts.adapted, parts.test, 8))
