@@ -85,7 +85,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     import torch
 
     sha = hashlib.sha256()
-    for name, tensor in sorted(model.base_model.named_parameters()):  # type: ignore[operator]
+    pretrained = getattr(model, "base_model", model)  # Transformers' name for the model without its head
+    for name, tensor in sorted(pretrained.named_parameters()):
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // SAMPLED)
         sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())

@@ -237,6 +237,7 @@ class Config(Settings):
         return {key: section.model_dump(mode="json") if isinstance(section, BaseModel) else section for key, section in self}
 
     def to_yaml(self) -> str:
+        """The same as text."""
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -60,6 +60,7 @@ class Problems:
         self.found: list[Problem] = []
 
     def add(self, where: str, got: str, allowed: str = "", do: str = "") -> None:
+        """Note one problem and go on."""
         self.found.append(Problem(where, got, allowed, do))
 
     @contextmanager
@@ -71,6 +72,7 @@ class Problems:
             self.found.extend(error.problems)
 
     def raise_if_any(self) -> None:
+        """Raise one UserError with everything found."""
         if self.found:
             raise UserError(*self.found)
 

@@ -23,6 +23,8 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class TensorSpec:
+    """Shape and dtype of one tensor."""
+
     shape: tuple[int, ...]
     dtype: str
 
@@ -49,6 +51,7 @@ class Layout:
 
     @staticmethod
     def specs(arrays: Arrays) -> dict[str, TensorSpec]:
+        """What `arrays` look like, by name."""
         return {name: TensorSpec(arrays[name].shape, str(arrays[name].dtype)) for name in sorted(arrays)}
 
 
@@ -105,4 +108,5 @@ class RoundRecord:
 
 
 def all_finite(arrays: Arrays) -> bool:
+    """No NaN and no infinity in any array."""
     return all(bool(np.isfinite(array).all()) for array in arrays.values())

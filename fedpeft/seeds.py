@@ -20,6 +20,7 @@ def derive(seed: int, purpose: str, round: int = 0, client: int = 0) -> int:
 
 
 def generator(seed: int, purpose: str, round: int = 0, client: int = 0) -> np.random.Generator:
+    """A fresh generator that only the four facts determine."""
     return np.random.default_rng(derive(seed, purpose, round, client))
 
 

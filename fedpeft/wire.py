@@ -91,9 +91,8 @@ def _content(header: Mapping[str, Any], arrays: Arrays) -> RecordDict:
 def _read(message: Message, *kinds: str) -> tuple[dict[str, Any], Arrays]:
     """The manifest and the arrays of a message, or a WireError."""
     try:
-        text = message.content["manifest"]["json"]
         flat = message.content["arrays"]["flat"]
-        header = json.loads(text)
+        header = json.loads(str(message.content["manifest"]["json"]))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise WireError(f"no manifest and arrays in the message ({type(error).__name__})") from error
     if not isinstance(header, dict) or header.get("schema") != SCHEMA or header.get("kind") not in kinds:

@@ -6,13 +6,12 @@ import os
 import pathlib
 import warnings
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import pytest
 
 from fedpeft import environment
 
 environment.prepare()
-
-import pytest
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = pathlib.Path(__file__).parent.parent
 REAL_DATA = pathlib.Path(os.environ.get("FEDPEFT_DATA", ROOT.parent / "shared" / "data"))

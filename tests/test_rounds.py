@@ -1,6 +1,7 @@
 """The round loop with real messages and clients that misbehave: each is left out alone, with its reason, and the round goes on."""
 
 import dataclasses
+import io
 import json
 
 import numpy as np
@@ -31,7 +32,7 @@ class Tampered(LocalGrid):
         for message, reply in zip(messages, replies, strict=True):
             assignment = wire.message_to_assignment(message)[0]
             if (assignment.round, assignment.client) == (2, 1):
-                reply = self.change(message, reply)  # noqa: PLW2901
+                reply = self.change(message, reply)
             if reply is not None:
                 changed.append(flower_private.stamp(reply))
         return changed
@@ -69,7 +70,7 @@ def play(config, tmp_path, change=lambda asked, reply: reply):
     federation = simulation._federation(config, parts, lambda: grid.roster)
     folder = RunFolder(tmp_path / "run")
     folder.create(config)
-    return rounds.run(federation, grid, folder, Plain(open("/dev/null", "w"))), federation  # noqa: SIM115
+    return rounds.run(federation, grid, folder, Plain(io.StringIO())), federation
 
 
 MISBEHAVIOURS = {
@@ -132,7 +133,7 @@ def test_an_average_without_the_bad_client_is_the_average_of_the_others(tiny_con
 
     folder = RunFolder(tmp_path / "run")
     folder.create(tiny_config)
-    rounds.run(dataclasses.replace(federation, strategy=Spy()), grid, folder, Plain(open("/dev/null", "w")))  # noqa: SIM115
+    rounds.run(dataclasses.replace(federation, strategy=Spy()), grid, folder, Plain(io.StringIO()))
     assert [update.client for update in collected[2]] == [0, 2, 3]
     assert [update.client for update in collected[1]] == [0, 1, 2, 3]
 
@@ -150,7 +151,7 @@ def test_a_run_in_which_nobody_moves_stops_and_says_why(tiny_settings, tmp_path)
     config = Config.from_dict(
         {**tiny_settings, "strategy": {"num_rounds": 9}, "training": {**tiny_settings["training"], "learning_rate": 0}}
     )
-    outcome, federation = play(config, tmp_path)
+    outcome, _ = play(config, tmp_path)
     assert len(outcome.records) == 1 + rounds.MAX_EMPTY_ROUNDS
     assert "did not move" in outcome.stopped_because
 
@@ -166,7 +167,7 @@ def test_a_survey_that_nobody_answers_stops_the_run(tiny_config, tmp_path):
             dataclasses.replace(federation, survey=rounds.Survey("census", lambda total: {})),
             grid,
             folder,
-            Plain(open("/dev/null", "w")),  # noqa: SIM115
+            Plain(io.StringIO()),
         )
 
 

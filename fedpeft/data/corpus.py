@@ -18,6 +18,8 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Corpus:
+    """The data of a run, before it is dealt out."""
+
     train: Examples  # dealt to the clients
     test: Examples  # stays with the server
 

@@ -66,7 +66,8 @@ def latest(folder: pathlib.Path) -> Checkpoint | None:
 
 def _saved(arrays: Arrays) -> bytes:
     # safetensors 0.8 writes the memory of a column-major array as if it were row-major
-    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    data: bytes = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    return data
 
 
 def _rounds(folder: pathlib.Path) -> list[pathlib.Path]:
