@@ -1,0 +1,30 @@
+"""A ready config is a promise: it loads, it runs, and its measured result stands beside it."""
+
+import pathlib
+
+import pytest
+
+from fedpeft import Config, simulate
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+FILES = sorted(CONFIGS.glob("*.yaml"))
+SHORT = ["strategy.num_rounds=1", "training.max_steps=1", "data.max_examples=300", "partition.min_examples=1", "data.max_length=16"]
+LOCAL = {"ag_news.yaml": "ag_news"}  # the folder of real data that stands in for the Hub
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_a_ready_config_runs_shortened(file, tmp_path, request):
+    local = []
+    if file.name in LOCAL:
+        local = [f"data.name={request.getfixturevalue('real_data') / LOCAL[file.name]}"]
+    run = simulate(Config.load(file, [*SHORT, *local]), tmp_path / "run")
+    assert run.summary["rounds_completed"] == 1
+    assert run.summary["rejected_updates"] == 0
+    assert (run.adapter_dir / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_a_ready_config_has_its_measured_result_in_the_table(file):
+    rows = [line for line in (CONFIGS / "README.md").read_text().splitlines() if line.startswith(f"| [{file.name}]({file.name}) |")]
+    assert len(rows) == 1
+    assert any(character.isdigit() for character in rows[0])

@@ -1,0 +1,79 @@
+"""What README.md tells a person to type works as it stands."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from fedpeft import Config
+from fedpeft.cli import COMMANDS, _parser
+from fedpeft.lookup import TABLES
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_walk_through_runs_from_the_first_line_to_the_last(tmp_path):
+    """The shell block with the CSV file, then both Python blocks, in one folder."""
+    (shell,) = [block for block in blocks("sh") if "reviews.csv" in block]
+    bin_folder = pathlib.Path(sys.executable).parent
+    done = subprocess.run(["bash", "-euc", f"PATH={shlex.quote(str(bin_folder))}:$PATH\n{shell}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "reviews-split" / "partition.png").is_file()
+    for program in blocks("python"):
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "reviews-run-2" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_every_command_of_the_readme_is_one():
+    said = re.findall(r"`fedpeft ([a-z]+)", README)
+    assert set(said) <= set(COMMANDS)
+    assert set(COMMANDS) - {"doctor"} <= set(said) | {"simulate"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        _parser().parse_args([name, "--help"])
+    assert ended.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 3
+
+
+def test_overrides_of_the_readme_are_keys():
+    for override in re.findall(r"\b([a-z_]+\.[a-z_]+=[\w.]+)", README):
+        Config.load(None, [override])
+
+
+def test_every_dependency_has_its_reason():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    reasons = README[README.index("## Dependencies") :]
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        name = re.match(r"[A-Za-z0-9-]+", requirement).group().lower()
+        assert name.removeprefix("types-") in reasons.lower(), name
+
+
+def test_partitioners_of_the_readme_are_those_there_are():
+    for name in TABLES["partitioner"]:
+        assert f"`{name}`" in README
+
+
+def test_the_example_of_the_contributing_guide_is_a_strategy(tmp_path, tiny_settings):
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    imports = "from pydantic import Field\nfrom fedpeft.arrays import weighted_mean\nfrom fedpeft.strategies.strategy import Strategy\n"
+    (tmp_path / "my_file.py").write_text(imports + code)
+    from fedpeft import simulate
+
+    strategy = {"name": f"{tmp_path / 'my_file.py'}:Halfway", "share": 0.3, "num_rounds": 1}
+    run = simulate(Config.from_dict({**tiny_settings, "strategy": strategy}), tmp_path / "run")
+    assert run.summary["rounds_completed"] == 1
