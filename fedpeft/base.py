@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import pathlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from fedpeft.lookup import TABLES, find
 if TYPE_CHECKING:
     import torch
 
+KEPT_BY_PEFT = {"classifier", "score"}  # names that PEFT keeps with a classification adapter by itself
 SAMPLED = 4096  # values of each tensor that enter the fingerprint
 
 
@@ -27,6 +29,7 @@ class Base:
     tokenizer: Any
     device: str
     fingerprint: str  # equal on two machines when their pretrained weights are
+    fresh: tuple[str, ...] = ()  # modules outside the classifier that no checkpoint had: drawn from the seed, trained and saved with it
 
 
 def minilm_folder() -> str:
@@ -64,29 +67,39 @@ def skeleton(section: ModelSection, task: Any, label_count: int) -> Any:
 
 
 def load(section: ModelSection, task: Any, label_count: int, training: TrainingSection, seed: int) -> Base:
-    """Weights and tokenizer of the base, the head drawn from `seed`. Raises UserError when there is no such model."""
+    """Weights and tokenizer of the base, every layer that the checkpoint lacks drawn from `seed`. Raises UserError when there is no such model."""
     import torch
     from transformers import AutoTokenizer
 
     device = choose_device(training)
     dtype = getattr(torch, section.dtype)
     with seeds.torch_seed(seeds.derive(seed, "head"), device):
-        model = _hugging_face(section, lambda place: task.model_class().from_pretrained(place, num_labels=label_count, dtype=dtype))
+        model, found = _hugging_face(
+            section,
+            lambda place: task.model_class().from_pretrained(place, num_labels=label_count, dtype=dtype, output_loading_info=True),
+        )
     tokenizer = _hugging_face(section, AutoTokenizer.from_pretrained)
     if tokenizer.pad_token is None:  # decoders are often published without one; padded positions are masked anyway
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # a classifying decoder reads the last real token; left padding would shift its positions
     model.config.pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False)
-    return Base(model.to(device), tokenizer, device, fingerprint(model))
+    return Base(model.to(device), tokenizer, device, fingerprint(model, found["missing_keys"]), _fresh(found["missing_keys"]))
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """sha256 over name, dtype, shape and evenly spaced values of every pretrained tensor; the new head is left out."""
+def _fresh(missing: Iterable[str]) -> tuple[str, ...]:
+    """The modules of missing parameters, without those that PEFT keeps with a classifier's adapter anyway."""
+    modules = {name.rpartition(".")[0] for name in missing}
+    return tuple(sorted(module for module in modules if not KEPT_BY_PEFT & set(module.split("."))))
+
+
+def fingerprint(model: torch.nn.Module, missing: Iterable[str]) -> str:
+    """sha256 over name, dtype, shape and evenly spaced values of every pretrained tensor; layers `missing` from the checkpoint are left out."""
     import torch
 
     sha = hashlib.sha256()
-    pretrained = getattr(model, "base_model", model)  # Transformers' name for the model without its head
-    for name, tensor in sorted(pretrained.named_parameters()):
+    new = set(missing)
+    for name, tensor in sorted((name, tensor) for name, tensor in model.named_parameters() if name not in new):
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // SAMPLED)
         sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, Field, ValidationError, create_model, field_validator, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fedpeft import yaml_file
@@ -83,11 +83,19 @@ class DataSection(OpenSection):
     fallback = "fedpeft.data.places:place"
     name: str = Field("docstrings", description='"docstrings", a file, a folder, a Hub data set id, or "file.py:function"')
     columns: Columns = Field(Columns(), description="which column plays which part")
-    labels: list[str] | None = Field(None, description="the classes in order; null: those that occur, sorted")
-    max_length: int = Field(64, ge=2, le=131072, description="tokens kept of an example; the rest is cut off at the end")
+    labels: list[str] | None = Field(None, min_length=2, description="the classes in order; null: those that occur, sorted")
+    max_length: int = Field(32, ge=2, le=131072, description="tokens kept of an example; the rest is cut off at the end")
     max_examples: int | None = Field(None, ge=1, description="use a random subset of this many examples (before the split)")
     test_fraction: Share = Field(0.2, description="held out for the server's evaluation when there is no test split")
     validation_fraction: Share = Field(0.0, description="held out of every client's own examples for its own evaluation")
+
+
+    @field_validator("labels")
+    @classmethod
+    def _once_each(cls, labels: list[str] | None) -> list[str] | None:
+        if labels and len(set(labels)) < len(labels):
+            raise PydanticCustomError("twice", "every class may stand once")
+        return labels
 
 
 class PartitionSection(OpenSection):
@@ -125,17 +133,17 @@ class TrainingSection(Section):
     """What a client does with its turn."""
 
     named = {"engine": "engine", "optimizer": "optimizer", "lr_scheduler_type": "schedule", "head_init": "head_init"}
-    learning_rate: float = Field(2e-3, ge=0, description="peak learning rate of the local optimiser")
+    learning_rate: float = Field(5e-3, ge=0, description="peak learning rate of the local optimiser")
     optimizer: str = Field("adamw", description="fresh in every round; moments do not travel")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float | None = Field(1.0, gt=0, description="clip the gradient of a step to this norm; null: never")
-    per_device_train_batch_size: int = Field(8, ge=1, description="examples a local step")
+    per_device_train_batch_size: int = Field(16, ge=1, description="examples a local step")
     per_device_eval_batch_size: int = Field(64, ge=1, description="examples a forward pass of the evaluation")
     gradient_accumulation_steps: int = Field(1, ge=1, description="batches summed into one optimiser step")
     max_steps: int | None = Field(5, ge=1, description="local steps a round; null: num_train_epochs decides")
     num_train_epochs: float | None = Field(None, gt=0, description="passes over the client's own examples a round, when max_steps is null")
     warmup_ratio: Share = Field(0.0, description="share of the whole run's steps with a rising learning rate")
-    lr_scheduler_type: str = Field("constant", description="over the whole run, not within a round")
+    lr_scheduler_type: str = Field("linear", description="over the whole run, not within a round")
     head: Literal["trained", "frozen"] = Field(
         "trained", description="the classification head: trained and averaged, or left as initialised"
     )

@@ -7,10 +7,12 @@ whose keyword-only parameters are its settings; either way the settings are conf
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
 import pathlib
+import types
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, create_model
@@ -94,22 +96,28 @@ def _load(row: str) -> Any:
 
 def _find_own(name: str, where: str) -> Any:
     place, _, attribute = name.rpartition(":")
-    if place.endswith(".py"):
-        path = pathlib.Path(place)
-        if not path.is_file():
-            raise UserError(Problem(where, f'"{name}": there is no file {path.resolve()}', do="give the path of a Python file"))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(place)
-        except ImportError as error:
-            raise UserError(Problem(where, f'"{name}": {error}', do='install the package, or use "file.py:function"')) from error
-    if not hasattr(module, attribute):
-        raise UserError(Problem(where, f'"{name}": {place} has no "{attribute}"'))
-    return getattr(module, attribute)
+    path = pathlib.Path(place).resolve()
+    if place.endswith(".py") and not path.is_file():
+        raise UserError(Problem(where, f'"{name}": there is no file {path}', do="give the path of a Python file"))
+    try:
+        module = _run_file(path) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:  # it is the person's own code: whatever it raises is theirs to mend
+        said = f"{type(error).__name__}: {error}"
+        raise UserError(Problem(where, f'"{name}" cannot be imported ({said})', do='mend it, install the package, or use "file.py:function"')) from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise UserError(Problem(where, f'"{name}": {place} has no function or class "{attribute}"'))
+    return found
+
+
+@functools.cache
+def _run_file(path: pathlib.Path) -> types.ModuleType:
+    """The module in a person's own file, run once."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def settings_of(target: Any) -> type[BaseModel]:
@@ -119,8 +127,9 @@ def settings_of(target: Any) -> type[BaseModel]:
     fields: dict[str, Any] = {}
     for parameter in inspect.signature(target, eval_str=True).parameters.values():
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-            fields[parameter.name] = (parameter.annotation, default)
+            empty = inspect.Parameter.empty
+            default = ... if parameter.default is empty else parameter.default
+            fields[parameter.name] = (Any if parameter.annotation is empty else parameter.annotation, default)
     return create_model(f"{target.__name__}_settings", __base__=Settings, **fields)
 
 

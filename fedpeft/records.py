@@ -59,7 +59,7 @@ class Layout:
 class Assignment:
     """What the server asks of one client."""
 
-    action: str  # a row of worker.ACTIONS: train, or a survey before round 1
+    action: str  # wire.TRAIN, or the survey before round 1 that the config agrees to
     round: int  # counted from 1; 0 is the time before training
     client: int
     arrays: Arrays

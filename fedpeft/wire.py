@@ -5,7 +5,7 @@ A message holds ONE flat byte array and a manifest (JSON): a tensor each would c
     arrays    uint8 [bytes]      the tensors' bytes end to end, in the order of the manifest
     manifest  {"schema", "kind", "round", "client", "base", "tensors": [[name, dtype, shape], ...], "sha256", ...}
 
-Nothing is unpickled. Whatever does not fit is a `WireError` that names what is wrong; it never reaches a strategy.
+Nothing is unpickled. What cannot be read as such a message is a `WireError` that says why; server/validation.py judges the rest.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ STYPE = "fedpeft.flat"
 DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("float32", "float64", "float16", "int64", "uint8")}
 MAX_BYTES = 2**31  # of the tensors of one message
 MAX_TENSORS = 100_000
+MAX_DIMENSIONS = 8
+MAX_TEXT = 500
 TRAIN, QUERY = "train", "query"  # Flower's message types: training, and everything asked before it
 
 
@@ -50,7 +52,7 @@ def answer_to_message(answer: Update | Failure, base: str, asked: Message) -> Me
     """What a client sends back for the message `asked`."""
     header: dict[str, Any] = {"round": answer.round, "client": answer.client, "base": base}
     if isinstance(answer, Failure):
-        return Message(_content({**header, "kind": "failure", "reason": answer.reason}, {}), reply_to=asked)
+        return Message(_content({**header, "kind": "failure", "reason": answer.reason[:MAX_TEXT]}, {}), reply_to=asked)
     header |= {"kind": "update", "examples": answer.examples, "metrics": answer.metrics, "seconds": answer.seconds}
     return Message(_content(header, answer.arrays), reply_to=asked)
 
@@ -60,9 +62,9 @@ def message_to_answer(message: Message) -> tuple[Update | Failure, str]:
     header, arrays = _read(message, "update", "failure")
     round, client, base = _whole(header, "round"), _whole(header, "client"), _text(header, "base")
     if header["kind"] == "failure":
-        return Failure(round, client, _text(header, "reason")[:500]), base
+        return Failure(round, client, _text(header, "reason")), base
     metrics = header.get("metrics")
-    if not isinstance(metrics, dict) or not all(isinstance(key, str) and _is_number(value) for key, value in metrics.items()):
+    if not isinstance(metrics, dict) or not all(_is_text(key) and _is_number(value) for key, value in metrics.items()):
         raise WireError("metrics are not numbers by name")
     update = Update(
         round, client, arrays, _whole(header, "examples"), {k: float(v) for k, v in metrics.items()}, _number(header, "seconds")
@@ -113,7 +115,8 @@ def _unpack(flat: bytes, tensors: Any) -> Arrays:
         try:
             name, dtype, shape = entry
             kind = DTYPES[dtype]
-            wrong = not isinstance(name, str) or name in arrays or any(type(size) is not int or size < 0 for size in shape)
+            wrong = not isinstance(name, str) or name in arrays or not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS
+            wrong = wrong or any(type(size) is not int or not 0 <= size < MAX_BYTES for size in shape)
         except (TypeError, ValueError, KeyError) as error:
             raise WireError("a tensor of the manifest is not [name, dtype, shape]") from error
         if wrong:
@@ -130,9 +133,14 @@ def _unpack(flat: bytes, tensors: Any) -> Arrays:
 
 def _text(header: Mapping[str, Any], key: str) -> str:
     value = header.get(key)
-    if not isinstance(value, str):
-        raise WireError(f"{key} is no text")
-    return value
+    if not _is_text(value):
+        raise WireError(f"{key} is no text of at most {MAX_TEXT} characters")
+    return str(value)
+
+
+def _is_text(value: Any) -> bool:
+    """Text that can be written to a file: no lone surrogates, which JSON can carry."""
+    return isinstance(value, str) and len(value) <= MAX_TEXT and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _whole(header: Mapping[str, Any], key: str) -> int:
@@ -150,4 +158,5 @@ def _number(header: Mapping[str, Any], key: str) -> float:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """A number that fits a float: JSON carries whole numbers of any size."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)

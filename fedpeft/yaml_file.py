@@ -23,6 +23,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[Path, int]]:
         raise UserError(Problem(str(path), "is not UTF-8 text", do="give the path of a YAML file")) from error
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -33,7 +34,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[Path, int]]:
         raise UserError(Problem(str(path), "holds no mapping of keys to values", do='write "section: {key: value}"'))
     lines: dict[Path, int] = {}
     _number_keys(root, (), lines, path)
-    return yaml.safe_load(text), lines
+    return data, lines
 
 
 def _number_keys(node: yaml.MappingNode, above: Path, lines: dict[Path, int], path: pathlib.Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedpeft.errors import Problem, UserError
 from fedpeft.records import Arrays, Layout, Pair
 
 if TYPE_CHECKING:
@@ -87,11 +88,14 @@ class Adapted:
                 self.parameters[name].copy_(torch.from_numpy(np.array(array)))
 
     def output_layer(self) -> torch.nn.Linear:
-        """The head's last linear layer: features in, one logit a label out."""
+        """The head's last linear layer: features in, one logit a label out. Raises UserError when the model has none."""
         import torch
 
         heads = [wrapper.modules_to_save[self.model.active_adapter] for wrapper in self._head_wrappers()]
-        return [layer for head in heads for layer in head.modules() if isinstance(layer, torch.nn.Linear)][-1]
+        layers = [layer for head in heads for layer in head.modules() if isinstance(layer, torch.nn.Linear)]
+        if not layers or layers[-1].out_features != self.base.model.config.num_labels:
+            raise UserError(Problem("model.name", "the model has no head that ends in a linear layer with one output a label"))
+        return layers[-1]
 
     def save(self, folder: pathlib.Path) -> None:
         """Write a plain PEFT folder: `PeftModel.from_pretrained(base, folder)` gives this model."""

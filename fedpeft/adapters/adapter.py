@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedpeft import seeds
@@ -18,27 +20,27 @@ class Adapter(Settings):
     """Settings of one adapter family. PEFT does the work; a subclass says which of its configs."""
 
     @abstractmethod
-    def peft_config(self, peft_task: str) -> Any:
-        """The `peft.PeftConfig` of these settings for a PEFT task type such as "SEQ_CLS"."""
+    def peft_config(self, peft_task: str, also_saved: Sequence[str]) -> Any:
+        """The `peft.PeftConfig` of these settings for a PEFT task such as "SEQ_CLS"; `also_saved` modules are trained whole."""
 
     def check(self, skeleton: Any, peft_task: str) -> None:
-        """Attach to a model without weights. Raises UserError when PEFT refuses, with its reason and the modules there are."""
+        """Attach to a model without weights. Raises UserError when PEFT refuses, with its reason and the layers there are."""
         import torch
         from peft import get_peft_model
+        from transformers.pytorch_utils import Conv1D
 
-        linear = sorted(
-            {name.rsplit(".", 1)[-1] for name, module in skeleton.base_model.named_modules() if isinstance(module, torch.nn.Linear)}
-        )
+        modules = [name for name, module in skeleton.base_model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+        layers = ", ".join(sorted({name.rpartition(".")[2] for name in modules}))
         try:
-            get_peft_model(skeleton, self.peft_config(peft_task))
-        except (ValueError, TypeError, KeyError) as error:
+            get_peft_model(skeleton, self.peft_config(peft_task, ()))
+        except (ValueError, TypeError, KeyError, re.error) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(Problem("adapter", f"PEFT cannot attach it ({reason})", f"target_modules among {', '.join(linear)}")) from error
+            raise UserError(Problem("adapter", f"PEFT cannot attach it ({reason})", f"target_modules among {layers}")) from error
 
     def attach(self, base: Base, peft_task: str, seed: int, train_head: bool) -> Adapted:
         """A PEFT model around the base, its new tensors drawn from `seed` and kept in float32."""
         from peft import get_peft_model
 
         with seeds.torch_seed(seeds.derive(seed, "adapter"), base.device):
-            model = get_peft_model(base.model, self.peft_config(peft_task), autocast_adapter_dtype=True)
+            model = get_peft_model(base.model, self.peft_config(peft_task, base.fresh), autocast_adapter_dtype=True)
         return Adapted(base, model, train_head)

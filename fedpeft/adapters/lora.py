@@ -8,6 +8,7 @@ Papers: Hu et al. 2021 (arXiv:2106.09685); Kalajdzievski 2023 (arXiv:2312.03732)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field
@@ -26,8 +27,8 @@ class Lora(Adapter):
         None, description='names or a regular expression of the layers to adapt, or "all-linear"; null: PEFT\'s choice for the architecture'
     )
 
-    def peft_config(self, peft_task: str) -> Any:
+    def peft_config(self, peft_task: str, also_saved: Sequence[str]) -> Any:
         """PEFT's LoraConfig."""
         from peft import LoraConfig
 
-        return LoraConfig(task_type=peft_task, bias="none", **self.model_dump())
+        return LoraConfig(task_type=peft_task, bias="none", modules_to_save=list(also_saved), **self.model_dump())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedpeft.data.examples import Examples
 from fedpeft.errors import Problem, Problems, UserError
 
 Row = Mapping[str, Any]
+MISSING = frozenset({"", "None"})  # how a label that is not there looks as text
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,7 @@ def load(data: DataSection, roles: Mapping[str, str], seed: int) -> Corpus:
     `roles` maps what the task reads ("text") to the column that holds it. Raises UserError for missing columns, rows that
     are not text, and labels outside the set, each with the row.
     """
-    found = data.build()
-    splits = found if isinstance(found, Mapping) else {"train": list(found)}
+    splits = _rows(data)
     if data.max_examples is not None and data.max_examples < len(splits["train"]):
         kept = np.sort(seeds.generator(seed, "max_examples").choice(len(splits["train"]), data.max_examples, replace=False))
         splits = {**splits, "train": [splits["train"][row] for row in kept]}
@@ -42,6 +43,22 @@ def load(data: DataSection, roles: Mapping[str, str], seed: int) -> Corpus:
     if "test" in parts:
         return Corpus(parts["train"], parts["test"])
     return _hold_out(parts["train"], data.test_fraction, seed)
+
+
+def _rows(data: DataSection) -> dict[str, list[Row]]:
+    """What the source gives, in one form: rows by split. A source may be a person's own function, so nothing is taken for granted."""
+    try:
+        found = data.build()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(Problem("data.name", f"{data.name} raised {type(error).__name__}: {error}")) from error
+    splits = dict(found) if isinstance(found, Mapping) else {"train": found}
+    shaped = {split: list(rows) for split, rows in splits.items() if isinstance(rows, Iterable)}
+    whole = shaped.keys() == splits.keys() and all(rows and all(isinstance(row, Mapping) for row in rows) for rows in shaped.values())
+    if not whole or not {"train"} <= shaped.keys() <= {"train", "test"}:
+        raise UserError(Problem("data.name", f"{data.name} gives no rows", 'a list of dicts, or {"train": [...], "test": [...]}'))
+    return shaped
 
 
 def _check_columns(rows: Sequence[Row], data: DataSection, roles: Mapping[str, str], split: str) -> None:
@@ -59,15 +76,17 @@ def _check_columns(rows: Sequence[Row], data: DataSection, roles: Mapping[str, s
                 ", ".join(sorted(there)),
                 "name the column under data.columns",
             )
+    for number, row in enumerate(rows, 1):
+        if not problems.found and (lost := [column for column in wanted.values() if column not in row]):
+            problems.add("data.name", f'row {number} of the {split} rows of {data.name} has no "{lost[0]}"')
     problems.raise_if_any()
 
 
 def _label_names(rows: Sequence[Row], column: str) -> tuple[str, ...]:
     """The classes that occur: numbers in their order, anything else by name."""
-    values = {row[column] for row in rows}
-    if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-        return tuple(str(value) for value in sorted(values))
-    return tuple(sorted({str(value) for value in values}))
+    values = {str(row[column]) for row in rows} - MISSING
+    numbers = all(re.fullmatch(r"-?(0|[1-9]\d*)", value) for value in values)
+    return tuple(sorted(values, key=int if numbers else None))
 
 
 def _examples(rows: Sequence[Row], data: DataSection, roles: Mapping[str, str], names: tuple[str, ...], split: str) -> Examples:
@@ -80,7 +99,7 @@ def _examples(rows: Sequence[Row], data: DataSection, roles: Mapping[str, str], 
     if (bad := next((row for row, cells in enumerate(rows) if str(cells[label]) not in codes), None)) is not None:
         problems.add(
             "data.labels" if data.labels else "data.columns.label",
-            f"row {bad + 1} of the {split} rows has the label {str(rows[bad][label])!r}",
+            f"row {bad + 1} of the {split} rows has {f'the label {str(rows[bad][label])!r}' if str(rows[bad][label]) not in MISSING else 'no label'}",
             ", ".join(names[:20]) + (", ..." if len(names) > 20 else ""),
             "add it to data.labels, or drop the row",
         )
@@ -123,4 +142,6 @@ def _hold_out(examples: Examples, fraction: float, seed: int) -> Corpus:
                 do="raise it, or name a test split",
             )
         )
+    if len(held) == len(examples):
+        raise UserError(Problem("data.test_fraction", f"{fraction} of {len(examples)} examples leaves nothing to train on", do="lower it"))
     return Corpus(train=examples.take(np.setdiff1d(np.arange(len(examples)), held)), test=examples.take(held))

@@ -14,9 +14,6 @@ from fedpeft.data.examples import Indices
 if TYPE_CHECKING:
     import torch
 
-Batch = "tuple[dict[str, torch.Tensor], torch.Tensor]"
-
-
 @dataclass(frozen=True)
 class Encoded:
     """Tokenised examples of one client, or of the server's test split."""
@@ -24,7 +21,7 @@ class Encoded:
     inputs: list[dict[str, NDArray[np.int64]]]  # per example: input_ids, attention_mask, ... each [time]
     labels: NDArray[np.int64]  # [examples]
     label_count: int
-    truncated: int = 0  # examples that filled max_length
+    truncated: int = 0  # examples that lost their end to max_length
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -34,7 +31,7 @@ class Encoded:
         return Encoded([self.inputs[row] for row in rows], self.labels[rows], self.label_count)
 
     def batch(self, rows: Indices, tokenizer: Any, device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Inputs [batch, time], padded to the longest row on the tokenizer's own side, and labels [batch]."""
+        """Inputs [batch, time], padded to the longest row on the tokenizer's side, and labels [batch]."""
         import torch
 
         padded = tokenizer.pad([self.inputs[row] for row in rows], padding=True, return_tensors="np")

@@ -14,7 +14,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Examples:
-    """Columns of equal length. A source returns it; partitioners read it; a task turns it into tensors."""
+    """Columns of equal length, made of a source's rows; partitioners read it; a task turns it into tensors."""
 
     columns: Mapping[str, Sequence[Any]]  # what the task reads: "text", "text_pair", ...
     labels: NDArray[np.int64] | None = None  # [examples], an index into label_names

@@ -1,29 +1,30 @@
-"""Data that lies somewhere: a file, a folder, or a data set on the Hub. All are read through `datasets`.
+"""Data that lies somewhere: a file, a folder, or a data set on the Hub.
 
-The Hub is asked only when a config names something that is neither a table row nor a file nor a folder.
+CSV and JSON Lines are read as they stand: a CSV cell is a text, whatever it looks like. Parquet and the Hub come through
+`datasets`; the Hub is asked only when a config names something that is neither a table row nor a file nor a folder.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
+import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Annotated, Any
 
 from pydantic import Field
 
 from fedpeft.errors import Problem, UserError
 from fedpeft.quiet import quiet_libraries
 
-FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-"""File endings (`.gz` may follow) and the reader of `datasets` for each."""
-
-# CSV cells are taken as they stand: the string "NA" is a text, not a missing value.
-READER_OPTIONS: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False}, "json": {}, "parquet": {}}
-
 Rows = list[dict[str, Any]]
 Splits = Mapping[str, Rows]
 """Rows by split: "train", and "test" when the place has one of its own."""
+
+HELD_OUT = re.compile(r"(test|validation|valid|dev|eval)(?![a-z])", re.IGNORECASE)
+TEST, TRAIN = re.compile(r"test(?![a-z])", re.IGNORECASE), re.compile(r"train(?![a-z])", re.IGNORECASE)
 
 
 def place(name: str) -> Callable[..., Splits]:
@@ -31,9 +32,7 @@ def place(name: str) -> Callable[..., Splits]:
 
     def read(
         *,
-        test: Annotated[
-            str | None, Field(description="the test split: a file, or a split of the Hub data set; null: the folder's own")
-        ] = None,
+        test: Annotated[str | None, Field(description="the test split: a file, or a split of the Hub data set; null: the folder's own")] = None,
         train: Annotated[str, Field(description="the training split of a Hub data set")] = "train",
         subset: Annotated[str | None, Field(description="the configuration of a Hub data set that has several")] = None,
     ) -> Splits:
@@ -42,50 +41,104 @@ def place(name: str) -> Callable[..., Splits]:
         if path.is_dir():
             return _read_folder(path, test)
         if path.is_file() or _looks_like_path(name):
-            return {"train": _read_file(path)} | ({"test": _read_file(pathlib.Path(test))} if test else {})
+            return {"train": _read_file(path)} | ({"test": _read_test(test, [path])} if test else {})
         return _read_hub(name, subset, train, test)
 
     return read
 
 
 def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or _ending(pathlib.Path(name)) in FORMATS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+    return name.startswith((".", "/", "~")) or _ending(pathlib.Path(name)) in READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
 
 
 def _ending(path: pathlib.Path) -> str:
-    """The last suffix that is not .gz."""
-    return next((suffix for suffix in reversed(path.suffixes) if suffix != ".gz"), "")
-
-
-def _read_file(path: pathlib.Path) -> Rows:
-    if not path.is_file():
-        raise UserError(Problem("data.name", f"there is no file {path}", do="give the path of a CSV, JSON Lines or parquet file"))
-    kind = FORMATS.get(_ending(path))
-    if kind is None:
-        raise UserError(Problem("data.name", f"{path} is of no kind that can be read", f"{', '.join(FORMATS)}, each also with .gz"))
-    import datasets
-
-    options = dict(READER_OPTIONS[kind]) | ({"sep": "\t"} if _ending(path) == ".tsv" else {})
-    try:
-        # Streaming leaves no copy in a cache folder, and so can never serve an old one.
-        rows = list(datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True, **options))
-    except Exception as error:  # the readers behind `datasets` raise a dozen kinds; each means the same to a person
-        raise UserError(Problem("data.name", f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}")) from error
-    if not rows:
-        raise UserError(Problem("data.name", f"{path} holds no rows"))
-    return rows
+    """The last suffix that is not .gz, in lower case."""
+    return next((suffix.lower() for suffix in reversed(path.suffixes) if suffix.lower() != ".gz"), "")
 
 
 def _read_folder(folder: pathlib.Path, test: str | None) -> Splits:
-    """`train.*` and `test.*` when there is a train file; otherwise every readable file is training data."""
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and _ending(file) in FORMATS]
-    if not files:
-        raise UserError(Problem("data.name", f"the folder {folder} holds no data file", f"{', '.join(FORMATS)}, each also with .gz"))
-    by_stem = {file.name.split(".")[0]: file for file in files}
-    test_file = pathlib.Path(test) if test else by_stem.get("test") if "train" in by_stem else None
-    train_files = [by_stem["train"]] if "train" in by_stem else [file for file in files if file != test_file]
-    rows = [row for file in train_files for row in _read_file(file)]
-    return {"train": rows} | ({"test": _read_file(test_file)} if test_file else {})
+    """Files named train and test (`train.csv`, `test-00000-of-00001.parquet`); without a train file, all that is not held out."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and _ending(file) in READERS]
+    training = [file for file in files if TRAIN.match(file.name)] or [file for file in files if not HELD_OUT.match(file.name)]
+    if test is not None:
+        inside = folder / test
+        test = str(inside) if not pathlib.Path(test).exists() and inside.exists() else test
+        training = [file for file in training if file.resolve() != pathlib.Path(test).resolve()]
+    if not training:
+        raise UserError(Problem("data.name", f"the folder {folder} holds no training file", ALLOWED))
+    rows = [row for file in training for row in _read_file(file)]
+    if test is not None:
+        return {"train": rows, "test": _read_test(test, training)}
+    held = [row for file in files if TEST.match(file.name) for row in _read_file(file)]
+    return {"train": rows} | ({"test": held} if held else {})
+
+
+def _read_test(test: str, training: list[pathlib.Path]) -> Rows:
+    path = pathlib.Path(test).expanduser()
+    if path.resolve() in [file.resolve() for file in training]:
+        raise UserError(Problem("data.test", f"{path} is the training file too", do="name another file, or leave it out for data.test_fraction"))
+    return _read_file(path, "data.test")
+
+
+def _read_file(path: pathlib.Path, where: str = "data.name") -> Rows:
+    if not path.is_file():
+        raise UserError(Problem(where, f"there is no file {path}", do="give the path of a CSV, JSON Lines or parquet file"))
+    reader = READERS.get(_ending(path))
+    if reader is None:
+        raise UserError(Problem(where, f"{path} is of no kind that can be read", ALLOWED))
+    try:
+        rows = list(reader(path))
+    except (OSError, EOFError, UnicodeDecodeError, ValueError, csv.Error) as error:  # pyarrow's errors are ValueErrors and OSErrors
+        raise UserError(Problem(where, f"{path} cannot be read: {error}")) from error
+    if not rows:
+        raise UserError(Problem(where, f"{path} holds no rows"))
+    return rows
+
+
+def _open(path: pathlib.Path) -> IO[str]:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _read_csv(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    with _open(path) as file:
+        reader = csv.DictReader(file, delimiter="\t" if _ending(path) == ".tsv" else ",", strict=True)
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"line {reader.line_num} has not as many cells as the header")
+            yield row
+
+
+def _read_json(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """An object a line, or one list of objects."""
+    with _open(path) as file:
+        text = file.read()
+    whole = json.loads(text) if text.lstrip().startswith("[") else None
+    lines = text.splitlines()
+    for number, row in enumerate(whole if whole is not None else (json.loads(line) for line in lines if line.strip()), 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"entry {number} is no object")
+        yield row
+
+
+def _read_parquet(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    # Streaming leaves no copy in a cache folder, and so can never serve an old one.
+    yield from datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+
+
+READERS: dict[str, Callable[[pathlib.Path], Iterator[dict[str, Any]]]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}
+"""How a file is read, by its ending; text files may be gzipped (`.csv.gz`)."""
+
+ALLOWED = f"{', '.join(READERS)}; text files also with .gz"
 
 
 def _read_hub(name: str, subset: str | None, train: str, test: str | None) -> Splits:

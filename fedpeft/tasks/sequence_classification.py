@@ -10,6 +10,7 @@ import numpy as np
 from fedpeft.config import Columns
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.examples import Examples
+from fedpeft.errors import Problem, UserError
 from fedpeft.lookup import Settings
 from fedpeft.records import Metrics
 
@@ -47,8 +48,11 @@ class SequenceClassification(Settings):
         texts = [list(examples.columns["text"])] + ([list(pair)] if pair is not None else [])
         tokens = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
         inputs = [{name: np.asarray(tokens[name][row], dtype=np.int64) for name in tokens} for row in range(len(examples))]
-        full = sum(len(row["input_ids"]) >= max_length for row in inputs)
-        return Encoded(inputs=inputs, labels=examples.labels, label_count=len(examples.label_names), truncated=full)
+        empty = next((row for row, tokens in enumerate(inputs) if not len(tokens["input_ids"])), None)
+        if empty is not None:
+            raise UserError(Problem("data.columns.text", f"the text {texts[0][empty]!r} gives no tokens", do="drop such rows"))
+        cut = sum(bool(encoding.overflowing) for encoding in tokens.encodings or ())
+        return Encoded(inputs=inputs, labels=examples.labels, label_count=len(examples.label_names), truncated=cut)
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of each record, [batch]: records are not coupled, so their mean may be clipped one by one."""
@@ -57,7 +61,7 @@ class SequenceClassification(Settings):
         return functional.cross_entropy(logits.float(), labels, reduction="none")
 
     def measure(self, logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Metrics:
-        """Accuracy, macro-averaged F1 over the classes that occur, and mean cross-entropy, from logits [records, classes]."""
+        """Accuracy, macro-averaged F1 over the classes that occur or are predicted, and mean cross-entropy, from logits [records, classes]."""
         predicted = logits.argmax(axis=1)
         shifted = logits - logits.max(axis=1, keepdims=True)
         log_probability = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

@@ -1,4 +1,4 @@
-"""What an engine is given and gives back: one client's turn. Both engines read a round from this file."""
+"""What an engine is given and gives back: one client's turn in a round."""
 
 from __future__ import annotations
 
@@ -36,21 +36,24 @@ class Trained:
 
 def local_steps(config: Config, examples: int) -> int:
     """Optimiser steps of a client with so many examples in one round."""
+    return math.ceil(_local_batches(config, examples) / config.training.gradient_accumulation_steps)
+
+
+def _local_batches(config: Config, examples: int) -> int:
     training = config.training
     if training.max_steps is not None:
-        return training.max_steps
+        return training.max_steps * training.gradient_accumulation_steps
     assert training.num_train_epochs is not None
-    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    return max(1, math.ceil(training.num_train_epochs * examples / per_step))
+    return max(1, math.ceil(training.num_train_epochs * math.ceil(examples / training.per_device_train_batch_size)))
 
 
 def batches(config: Config, job: Job) -> list[list[Indices]]:
     """The examples of every step [steps][accumulation][batch]: passes over fresh random orders, the last batch of a pass may be short."""
     generator = seeds.generator(config.seed, "batches", job.round, job.client)
     size, accumulation = config.training.per_device_train_batch_size, config.training.gradient_accumulation_steps
-    wanted = local_steps(config, len(job.data)) * accumulation
+    wanted = _local_batches(config, len(job.data))
     dealt: list[Indices] = []
     while len(dealt) < wanted:
         order = generator.permutation(len(job.data))
         dealt.extend(np.split(order, range(size, len(order), size)))
-    return [dealt[step : step + accumulation] for step in range(0, wanted, accumulation)]
+    return [dealt[step : min(step + accumulation, wanted)] for step in range(0, wanted, accumulation)]

@@ -13,13 +13,21 @@ from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.config import Config
 from fedpeft.lookup import find
+from fedpeft.records import Failure
 from fedpeft.training import schedules
 from fedpeft.training.job import Job, Trained, batches
 
 
-def train(adapted: Adapted, task: Any, config: Config, jobs: Sequence[Job]) -> list[Trained]:
-    """Train every job from its own start, one after another."""
-    return [_train_client(adapted, task, config, job) for job in jobs]
+def train(adapted: Adapted, task: Any, config: Config, jobs: Sequence[Job]) -> list[Trained | Failure]:
+    """Train every job from its own start, one after another. A client whose training breaks is a Failure; the others go on."""
+    return [_attempt(adapted, task, config, job) for job in jobs]
+
+
+def _attempt(adapted: Adapted, task: Any, config: Config, job: Job) -> Trained | Failure:
+    try:
+        return _train_client(adapted, task, config, job)
+    except (RuntimeError, ValueError, IndexError, ArithmeticError) as error:  # what torch raises, out of memory included
+        return Failure(job.round, job.client, f"training broke: {error}")
 
 
 def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trained:

@@ -13,7 +13,7 @@ import numpy as np
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.data.encoded import Encoded
 from fedpeft.lookup import Settings
-from fedpeft.records import Arrays, Layout
+from fedpeft.records import Arrays, Layout, TensorSpec
 from fedpeft.training import evaluate
 
 
@@ -26,16 +26,25 @@ class Nothing(Settings):
 class ClassStatistics(Settings):
     """The head as a linear discriminant of the frozen features h, from three sums that clients add up.
 
-        n_c = #{i: y_i = c},   m_c = sum_{i: y_i = c} h_i,   S = sum_i h_i h_i^T
-        mu_c = m_c / n_c,   Sigma = (S - sum_c n_c mu_c mu_c^T) / (N - C) + rho tr(Sigma)/d I
-        w_c = Sigma^{-1} mu_c,   b_c = -1/2 mu_c^T w_c + log((n_c + 1) / (N + C))
+        n_c = #{i: y_i = c},   m_c = sum_{i: y_i = c} h_i,   S = sum_i h_i h_i^T,   C classes, d features, N = sum_c n_c
+        mu = sum_c m_c / N,   nu_c = m_c / n_c - mu
+        T = (S - N mu mu^T) / (N - 1),   Sigma = (S - N mu mu^T - sum_c n_c nu_c nu_c^T) / (N - C)
+        w_c = (Sigma + rho tr(T)/d I)^{-1} nu_c,   b_c = -w_c^T mu - 1/2 nu_c^T w_c + log((n_c + 1) / (N + C)),   rho = 0.1 + d/N
 
-    Fisher's discriminant with one covariance for all classes; exact in a federation, since only sums travel. The ridge
-    rho keeps Sigma invertible when a class has few examples; the weights are centred, which changes no prediction.
+    Fisher's discriminant with one covariance for all classes (Fisher 1936; Hastie, Tibshirani and Friedman, The Elements
+    of Statistical Learning, 4.3); exact in a federation, since only sums travel. The ridge, ours, grows where examples
+    are scarce: with fewer than d of them Sigma is singular, and a head that trusts it is sure of everything. A class
+    without examples gets weight zero and the smallest prior.
     """
 
     asks: ClassVar[bool] = True
-    rho: ClassVar[float] = 0.1
+
+    def expects(self, layout: Layout) -> dict[str, TensorSpec]:
+        """What a client's answer looks like."""
+        assert layout.output_weight is not None
+        classes, features = layout.tensors[layout.output_weight].shape
+        shapes: dict[str, tuple[int, ...]] = {"counts": (classes,), "sums": (classes, features), "squares": (features, features)}
+        return {name: TensorSpec(shape, "float64") for name, shape in shapes.items()}
 
     def measure(self, adapted: Adapted, data: Encoded, batch_size: int) -> Arrays:
         """One client's sums in float64: counts [classes], sums [classes, features], squares [features, features]."""
@@ -48,16 +57,18 @@ class ClassStatistics(Settings):
         return {"counts": member.sum(axis=0), "sums": member.T @ h, "squares": h.T @ h}
 
     def finish(self, total: Arrays, layout: Layout) -> Arrays:
-        """The head's output layer from the sums over all clients; a class without examples gets weight zero."""
-        n, m, squares = total["counts"], total["sums"], total["squares"]
-        mu = m / np.maximum(n, 1)[:, None]
-        scatter = squares - (mu * n[:, None]).T @ mu
-        sigma = scatter / max(1.0, n.sum() - len(n))
-        sigma += self.rho * np.trace(sigma) / len(sigma) * np.eye(len(sigma))
-        w = np.linalg.solve(sigma, mu.T).T
-        b = -0.5 * (w * mu).sum(axis=1) + np.log((n + 1) / (n.sum() + len(n)))
+        """The head's output layer from the sums over all clients."""
+        n, m, S = total["counts"], total["sums"], total["squares"]
+        N, C, d = n.sum(), *m.shape
+        mu = m.sum(axis=0) / N
+        nu = np.where(n[:, None] > 0, m / np.maximum(n, 1)[:, None] - mu, 0.0)
+        around_mean = S - N * np.outer(mu, mu)
+        sigma = (around_mean - (nu * n[:, None]).T @ nu) / max(1.0, N - C)
+        ridge = (0.1 + d / N) * np.trace(around_mean) / max(1.0, N - 1) / d
+        w = np.linalg.solve(sigma + max(ridge, np.finfo(np.float32).tiny) * np.eye(d), nu.T).T
+        b = -w @ mu - 0.5 * (w * nu).sum(axis=1) + np.log((n + 1) / (N + C))
         assert layout.output_weight is not None
-        found = {layout.output_weight: (w - w.mean(axis=0)).astype(np.float32)}
+        found = {layout.output_weight: w.astype(np.float32)}
         if layout.output_bias is not None:
-            found[layout.output_bias] = (b - b.mean()).astype(np.float32)
+            found[layout.output_bias] = b.astype(np.float32)
         return found

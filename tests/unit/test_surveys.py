@@ -59,8 +59,9 @@ def test_the_head_decides_like_scikit_learns_discriminant():
         output_weight, output_bias = "w", "b"
 
     found = ClassStatistics().finish(sums, Layout)
+    rho = 0.1 + 6 / 400
     ours = (h @ found["w"].T + found["b"]).argmax(axis=1)
-    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1 / 1.1).fit(h, labels).predict(h)
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=rho / (1 + rho)).fit(h, labels).predict(h)
     assert (ours == theirs).mean() > 0.99
     assert (ours == labels).mean() > 0.85
 
