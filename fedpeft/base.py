@@ -67,7 +67,7 @@ def skeleton(section: ModelSection, task: Any, label_count: int) -> Any:
 
 
 def load(section: ModelSection, task: Any, label_count: int, training: TrainingSection, seed: int) -> Base:
-    """Weights and tokenizer of the base, every layer that the checkpoint lacks drawn from `seed`. Raises UserError when there is no such model."""
+    """Weights and tokenizer of the base, layers that the checkpoint lacks drawn from `seed`. Raises UserError when there is none."""
     import torch
     from transformers import AutoTokenizer
 
@@ -94,7 +94,7 @@ def _fresh(missing: Iterable[str]) -> tuple[str, ...]:
 
 
 def fingerprint(model: torch.nn.Module, missing: Iterable[str]) -> str:
-    """sha256 over name, dtype, shape and evenly spaced values of every pretrained tensor; layers `missing` from the checkpoint are left out."""
+    """sha256 over name, dtype, shape and evenly spaced values of every tensor but those `missing` from the checkpoint."""
     import torch
 
     sha = hashlib.sha256()

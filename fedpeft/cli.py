@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
 from fedpeft import environment
-from fedpeft.errors import FedpeftError, Problem, UserError
+from fedpeft.errors import FedpeftError, Problem, RunStopped, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"fedpeft: {line}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"fedpeft: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("fedpeft: interrupted; a run goes on with --resume after its last whole round", file=sys.stderr)
         return 130
@@ -33,13 +40,16 @@ def simulate(given: argparse.Namespace) -> None:
     from fedpeft.server.run_folder import RunFolder
 
     path, overrides = _config_and_overrides(given.config)
-    if given.resume and path is None and not overrides and given.out is not None:
+    if given.resume and path is None and given.out is not None:
         path = str(RunFolder(pathlib.Path(given.out)).config)
     config = Config.load(path, overrides)
     with choose(json=given.json) as screen:
+        from fedpeft.server.rounds import FINISHED
         from fedpeft.simulations.run import simulate as run
 
-        run(config, given.out, given.resume, screen)
+        summary = run(config, given.out, given.resume, screen).summary
+    if summary["stopped_because"] != FINISHED:
+        raise RunStopped(f"the run stopped before its end: {summary['stopped_because']}")
 
 
 def partition(given: argparse.Namespace) -> None:
@@ -53,19 +63,20 @@ def partition(given: argparse.Namespace) -> None:
     from fedpeft.simulations.assemble import deal
 
     config = Config.load(*_config_and_overrides(given.config))
-    corpus, dealt = (split := deal(config)).corpus, split.partition
+    split = deal(config)
+    corpus, dealt = split.corpus, split.partition
     header, rows, measures = partitions.table(dealt, corpus.train)
     shown = Table(*header)
-    for row in rows[: given.rows]:
+    kept = rows[: max(0, given.rows)]
+    for row in kept:
         shown.add_row(*row)
     Console().print(shown)
-    if len(rows) > given.rows:
-        print(f"... and {len(rows) - given.rows} more clients (--rows shows more)")
+    if len(rows) > len(kept):
+        print(f"... and {len(rows) - len(kept)} more clients (--rows shows more)")
     for name, value in measures.items():
-        print(f"{name}: {value:.4g}")
+        print(f"{name}: {value:,.4f}" if isinstance(value, float) else f"{name}: {value:,}")
     if given.out:
-        out = pathlib.Path(given.out)
-        out.mkdir(parents=True, exist_ok=True)
+        out = _folder(given.out)
         counts = partitions.label_counts(dealt, corpus.train)
         draw(counts, corpus.train.label_names, dealt.names, out / "partition.png")
         lines = [",".join(_csv(cell) for cell in row) for row in (header, *rows)]
@@ -79,7 +90,7 @@ def report(given: argparse.Namespace) -> None:
     from fedpeft.runs import read_runs
 
     runs = read_runs(map(pathlib.Path, given.runs))
-    out = pathlib.Path(given.out) if given.out else pathlib.Path(given.runs[0])
+    out = _folder(given.out) if given.out else pathlib.Path(given.runs[0])
     if len(runs) > 1 and not given.out:
         raise UserError(Problem("--out", "several runs need a folder for their comparison", do="name it with --out"))
     for written in write_report(runs, out):
@@ -138,6 +149,15 @@ def _config_and_overrides(words: Sequence[str]) -> tuple[str | None, list[str]]:
     if words and "=" not in words[0]:
         return words[0], list(words[1:])
     return None, list(words)
+
+
+def _folder(name: str) -> pathlib.Path:
+    """A folder to write to, made if it is not there."""
+    try:
+        pathlib.Path(name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(Problem("--out", f"{name} cannot be made ({error.strerror})")) from error
+    return pathlib.Path(name)
 
 
 def _csv(cell: str) -> str:

@@ -89,7 +89,6 @@ class DataSection(OpenSection):
     test_fraction: Share = Field(0.2, description="held out for the server's evaluation when there is no test split")
     validation_fraction: Share = Field(0.0, description="held out of every client's own examples for its own evaluation")
 
-
     @field_validator("labels")
     @classmethod
     def _once_each(cls, labels: list[str] | None) -> list[str] | None:

@@ -103,7 +103,9 @@ def _find_own(name: str, where: str) -> Any:
         module = _run_file(path) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:  # it is the person's own code: whatever it raises is theirs to mend
         said = f"{type(error).__name__}: {error}"
-        raise UserError(Problem(where, f'"{name}" cannot be imported ({said})', do='mend it, install the package, or use "file.py:function"')) from error
+        raise UserError(
+            Problem(where, f'"{name}" cannot be imported ({said})', do='mend it, install the package, or use "file.py:function"')
+        ) from error
     found = getattr(module, attribute, None)
     if not callable(found):
         raise UserError(Problem(where, f'"{name}": {place} has no function or class "{attribute}"'))

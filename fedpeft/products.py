@@ -42,7 +42,7 @@ class Product:
     @property
     def rank(self) -> int:
         """Columns of `left`: an upper bound on the rank of the matrix."""
-        return self.left.shape[1]
+        return int(self.left.shape[1])
 
     def scaled(self, factor: float) -> Product:
         """factor * left @ right."""

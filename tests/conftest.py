@@ -79,7 +79,13 @@ def tiny_settings(tiny_bert, topics_csv):
         "partition": {"name": "dirichlet", "clients": 4, "alpha": 0.5, "min_examples": 4},
         "adapter": {"name": "lora", "r": 4, "target_modules": ["query", "value"]},
         "strategy": {"num_rounds": 3},
-        "training": {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "head_init": "random"},
+        "training": {
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "head_init": "random",
+        },
     }
 
 

@@ -24,7 +24,9 @@ def test_the_walk_through_runs_from_the_first_line_to_the_last(tmp_path):
     """The shell block with the CSV file, then both Python blocks, in one folder."""
     (shell,) = [block for block in blocks("sh") if "reviews.csv" in block]
     bin_folder = pathlib.Path(sys.executable).parent
-    done = subprocess.run(["bash", "-euc", f"PATH={shlex.quote(str(bin_folder))}:$PATH\n{shell}"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-euc", f"PATH={shlex.quote(str(bin_folder))}:$PATH\n{shell}"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "reviews-split" / "partition.png").is_file()
     for program in blocks("python"):

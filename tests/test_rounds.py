@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flwr.app import Error, Message
 
-from fedpeft import Config, RunStopped, arrays, flower_private, wire
+from fedpeft import Config, RunStopped, UserError, arrays, flower_private, wire
 from fedpeft.records import Update
 from fedpeft.screen import Plain
 from fedpeft.server import rounds, sampling
@@ -20,18 +20,19 @@ from fedpeft.simulations.grid import LocalGrid
 
 
 class Tampered(LocalGrid):
-    """Client 1 answers what `change` makes of its update in round 2; None: it never answers."""
+    """The victim, (round, client), answers what `change` makes of its update; None: it never answers."""
 
-    def __init__(self, worker, change):
+    def __init__(self, worker, change, victim=(2, 1)):
         super().__init__(worker)
         self.change = change
+        self.victim = victim
 
     def _answer(self, messages):
         replies = super()._answer(messages)
         changed = []
         for message, reply in zip(messages, replies, strict=True):
             assignment = wire.message_to_assignment(message)[0]
-            if (assignment.round, assignment.client) == (2, 1):
+            if (assignment.round, assignment.client) == self.victim:
                 reply = self.change(message, reply)
             if reply is not None:
                 changed.append(flower_private.stamp(reply))
@@ -115,27 +116,33 @@ def test_a_client_that_never_answers_costs_the_round_only_its_timeout(tiny_setti
     assert outcome.records[2].accepted == 3
 
 
-def test_an_average_without_the_bad_client_is_the_average_of_the_others(tiny_config, tmp_path):
-    collected = {}
+def test_the_global_adapter_is_the_average_of_the_accepted_weighted_by_examples(tiny_settings, tmp_path):
+    """The golden number: round 2 of a run from which client 1 is missing, averaged again in six lines."""
+    config = Config.from_dict({**tiny_settings, "strategy": {"num_rounds": 2}})
+    seen = []
 
-    def spy_then_spoil(asked, reply):
+    def gone(asked, reply):
         return Message(Error(2, "gone"), reply_to=asked)
 
-    parts = assemble(tiny_config)
-    grid = Tampered(parts.worker, spy_then_spoil)
-    federation = simulation._federation(tiny_config, parts, lambda: grid.roster)
-    combine = type(parts.strategy).combine
+    class Watched(Tampered):
+        def pull_messages(self, message_ids):
+            replies = super().pull_messages(message_ids)
+            seen.extend(reply for reply in replies if not reply.has_error())
+            return replies
 
-    class Spy(type(parts.strategy)):
-        def combine(self, updates, received):
-            collected[updates[0].round] = updates
-            return combine(self, updates, received)
-
+    parts = assemble(config)
+    grid = Watched(parts.worker, gone)
+    federation = simulation._federation(config, parts, lambda: grid.roster)
     folder = RunFolder(tmp_path / "run")
-    folder.create(tiny_config)
-    rounds.run(dataclasses.replace(federation, strategy=Spy()), grid, folder, Plain(io.StringIO()))
-    assert [update.client for update in collected[2]] == [0, 2, 3]
-    assert [update.client for update in collected[1]] == [0, 1, 2, 3]
+    folder.create(config)
+    outcome = rounds.run(federation, grid, folder, Plain(io.StringIO()))
+    updates = [update for update, _ in map(wire.message_to_answer, seen) if update.round == 2]
+    assert sorted(update.client for update in updates) == [0, 2, 3]
+    sizes = {update.client: len(parts.worker.nodes[update.client].train) for update in updates}
+    assert len(set(sizes.values())) == 3, "unequal weights, or the test shows nothing"
+    for name in updates[0].arrays:
+        mean = sum(sizes[update.client] * update.arrays[name].astype(np.float64) for update in updates) / sum(sizes.values())
+        np.testing.assert_allclose(outcome.arrays[name], mean, atol=1e-7)
 
 
 def test_a_round_below_min_train_nodes_leaves_the_global_state_untouched(tiny_settings, tmp_path):
@@ -162,19 +169,79 @@ def test_a_survey_that_nobody_answers_stops_the_run(tiny_config, tmp_path):
     federation = simulation._federation(tiny_config, parts, lambda: grid.roster)
     folder = RunFolder(tmp_path / "run")
     folder.create(tiny_config)
-    with pytest.raises(RunStopped, match="asked for something unknown: census"):
+    with pytest.raises(RunStopped, match="asked for something else than agreed: census"):
         rounds.run(
-            dataclasses.replace(federation, survey=rounds.Survey("census", lambda total: {})),
+            dataclasses.replace(federation, survey=rounds.Survey("census", {}, lambda total: {})),
             grid,
             folder,
             Plain(io.StringIO()),
         )
 
 
+def test_a_short_run_in_which_nobody_moves_is_not_called_finished(tiny_settings, tmp_path):
+    config = Config.from_dict(
+        {**tiny_settings, "strategy": {"num_rounds": 1}, "training": {**tiny_settings["training"], "learning_rate": 0}}
+    )
+    outcome, _ = play(config, tmp_path)
+    assert outcome.stopped_because != rounds.FINISHED
+
+
+def test_a_stopped_run_resumes_to_where_it_stopped(tiny_settings, tmp_path):
+    config = Config.from_dict(
+        {**tiny_settings, "strategy": {"num_rounds": 9}, "training": {**tiny_settings["training"], "learning_rate": 0}}
+    )
+    outcome, federation = play(config, tmp_path)
+    again = rounds.run(federation, LocalGrid(assemble(config).worker), RunFolder(tmp_path / "run"), Plain(io.StringIO()))
+    assert [record.round for record in again.records] == [record.round for record in outcome.records]
+    assert again.stopped_because == outcome.stopped_because
+
+
+@pytest.mark.parametrize(("field", "says"), [("base", "base model"), ("data", "data")])
+def test_a_run_is_not_resumed_on_another_base_or_other_data(field, says, tiny_config, tmp_path):
+    _, federation = play(tiny_config, tmp_path)
+    other = dataclasses.replace(federation, **{field: "other"})
+    with pytest.raises(UserError, match=f"another {says}"):
+        rounds.run(other, None, RunFolder(tmp_path / "run"), Plain(io.StringIO()))
+
+
+def test_a_run_that_lost_lines_is_not_resumed(tiny_config, tmp_path):
+    _, federation = play(tiny_config, tmp_path)
+    file = tmp_path / "run" / "rounds.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(UserError, match="has lost rounds: 2 of 4"):
+        rounds.run(federation, None, RunFolder(tmp_path / "run"), Plain(io.StringIO()))
+
+
 def test_too_few_clients_stop_the_run_after_its_timeout(tiny_settings, tmp_path):
-    config = Config.from_dict({**tiny_settings, "strategy": {"min_available_nodes": 5, "round_timeout": 0.1}})
-    with pytest.raises(RunStopped, match=r"4 clients after 0 s, strategy\.min_available_nodes is 5"):
-        play(config, tmp_path)
+    config = Config.from_dict({**tiny_settings, "strategy": {"min_available_nodes": 4, "round_timeout": 0.1}})
+    parts = assemble(config)
+    federation = simulation._federation(config, parts, lambda: {0: 1000})
+    folder = RunFolder(tmp_path / "run")
+    folder.create(config)
+    with pytest.raises(RunStopped, match=r"1 clients after 0 s, strategy\.min_available_nodes is 4"):
+        rounds.run(federation, LocalGrid(parts.worker), folder, Plain(io.StringIO()))
+
+
+@pytest.mark.parametrize("name", ["nan", "raised", "junk", "missing tensor"])
+def test_a_client_that_spoils_the_survey_is_left_out_alone(name, tiny_settings, tmp_path):
+    settings = {**tiny_settings, "training": {**tiny_settings["training"], "head_init": "class_statistics", "learning_rate": 1e-4}}
+    config = Config.from_dict(settings)
+    parts = assemble(config)
+    grid = Tampered(parts.worker, MISBEHAVIOURS[name][0], victim=(0, 0))
+    federation = simulation._federation(config, parts, lambda: grid.roster)
+    folder = RunFolder(tmp_path / "run")
+    folder.create(config)
+    outcome = rounds.run(federation, grid, folder, Plain(io.StringIO()))
+    assert (outcome.records[0].asked, outcome.records[0].accepted) == (4, 3)
+    assert [record.accepted for record in outcome.records[1:]] == [4, 4, 4]
+
+
+def test_validation_metrics_are_means_over_the_clients_that_have_them(tiny_settings, tmp_path):
+    config = Config.from_dict({**tiny_settings, "data": {**tiny_settings["data"], "validation_fraction": 0.06}})
+    outcome, _ = play(config, tmp_path)
+    nodes = assemble(config).worker.nodes.values()
+    assert {node.validation is None for node in nodes} == {True, False}, "some clients are too small to keep any"
+    assert 0 <= outcome.records[1].report["clients_validation_accuracy"] <= 1
 
 
 def test_bytes_are_those_of_the_serialised_messages(tiny_config):

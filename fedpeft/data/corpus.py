@@ -99,7 +99,7 @@ def _examples(rows: Sequence[Row], data: DataSection, roles: Mapping[str, str], 
     if (bad := next((row for row, cells in enumerate(rows) if str(cells[label]) not in codes), None)) is not None:
         problems.add(
             "data.labels" if data.labels else "data.columns.label",
-            f"row {bad + 1} of the {split} rows has {f'the label {str(rows[bad][label])!r}' if str(rows[bad][label]) not in MISSING else 'no label'}",
+            f"row {bad + 1} of the {split} rows has {_said(rows[bad][label])}",
             ", ".join(names[:20]) + (", ..." if len(names) > 20 else ""),
             "add it to data.labels, or drop the row",
         )
@@ -118,6 +118,10 @@ def _examples(rows: Sequence[Row], data: DataSection, roles: Mapping[str, str], 
         clients=_column(rows, data.columns, "client"),
         domains=_column(rows, data.columns, "domain"),
     )
+
+
+def _said(label: Any) -> str:
+    return "no label" if str(label) in MISSING else f"the label {str(label)!r}"
 
 
 def _column(rows: Sequence[Row], columns: Columns, role: str) -> tuple[str, ...] | None:

@@ -14,6 +14,7 @@ from fedpeft.data.examples import Indices
 if TYPE_CHECKING:
     import torch
 
+
 @dataclass(frozen=True)
 class Encoded:
     """Tokenised examples of one client, or of the server's test split."""

@@ -32,7 +32,9 @@ def place(name: str) -> Callable[..., Splits]:
 
     def read(
         *,
-        test: Annotated[str | None, Field(description="the test split: a file, or a split of the Hub data set; null: the folder's own")] = None,
+        test: Annotated[
+            str | None, Field(description="the test split: a file, or a split of the Hub data set; null: the folder's own")
+        ] = None,
         train: Annotated[str, Field(description="the training split of a Hub data set")] = "train",
         subset: Annotated[str | None, Field(description="the configuration of a Hub data set that has several")] = None,
     ) -> Splits:
@@ -76,7 +78,9 @@ def _read_folder(folder: pathlib.Path, test: str | None) -> Splits:
 def _read_test(test: str, training: list[pathlib.Path]) -> Rows:
     path = pathlib.Path(test).expanduser()
     if path.resolve() in [file.resolve() for file in training]:
-        raise UserError(Problem("data.test", f"{path} is the training file too", do="name another file, or leave it out for data.test_fraction"))
+        raise UserError(
+            Problem("data.test", f"{path} is the training file too", do="name another file, or leave it out for data.test_fraction")
+        )
     return _read_file(path, "data.test")
 
 

@@ -30,6 +30,8 @@ class Checkpoint:
     round: int
     arrays: Arrays  # the global adapter and head
     strategy: Arrays  # what the strategy remembers
+    base: str = ""  # fingerprint of the base model
+    data: str = ""  # digest of the data
 
 
 def write(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
@@ -41,7 +43,9 @@ def write(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
     beside.mkdir()
     files = {"arrays.safetensors": _saved(checkpoint.arrays), "strategy.safetensors": _saved(checkpoint.strategy)}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    files["state.json"] = json.dumps({"round": checkpoint.round, "sha256": hashes}).encode()
+    files["state.json"] = json.dumps(
+        {"round": checkpoint.round, "base": checkpoint.base, "data": checkpoint.data, "sha256": hashes}
+    ).encode()
     for name, data in files.items():
         _write_durably(beside / name, data)
     shutil.rmtree(final, ignore_errors=True)
@@ -60,7 +64,8 @@ def latest(folder: pathlib.Path) -> Checkpoint | None:
         except (OSError, ValueError, KeyError):
             continue
         if all(hashlib.sha256(data[name]).hexdigest() == expected for name, expected in state["sha256"].items()):
-            return Checkpoint(state["round"], load(data["arrays.safetensors"]), load(data["strategy.safetensors"]))
+            arrays, strategy = (load(data[f"{name}.safetensors"]) for name in ("arrays", "strategy"))
+            return Checkpoint(state["round"], arrays, strategy, state["base"], state["data"])
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.adapters.adapted import Adapted
@@ -27,7 +28,7 @@ def end(federation: Federation, outcome: Outcome, adapted: Adapted, corpus: Corp
     """Write adapter, summary, pictures and report; the summary."""
     adapted.write(outcome.arrays)
     adapted.save(folder.adapter)
-    summary = summarise(federation, outcome, adapted)
+    summary = summarise(federation, outcome, adapted, corpus.train.label_names)
     folder.write_summary(summary)
     if corpus.train.labels is not None:
         counts = partitions.label_counts(partition, corpus.train)
@@ -38,7 +39,7 @@ def end(federation: Federation, outcome: Outcome, adapted: Adapted, corpus: Corp
     return summary
 
 
-def summarise(federation: Federation, outcome: Outcome, adapted: Adapted) -> dict[str, Any]:
+def summarise(federation: Federation, outcome: Outcome, adapted: Adapted, labels: Sequence[str]) -> dict[str, Any]:
     """The run in one object: the contract of summary.json."""
     config, records = federation.config, outcome.records
     trained = [record for record in records if record.round > 0]
@@ -47,6 +48,7 @@ def summarise(federation: Federation, outcome: Outcome, adapted: Adapted) -> dic
         "name": config.name,
         "strategy": config.strategy.name,
         "adapter": config.adapter.name,
+        "labels": list(labels),
         "seed": config.seed,
         "rounds_completed": len(trained),
         "stopped_because": outcome.stopped_because,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.serverapp import Grid
@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from fedpeft import arrays as arithmetic
 from fedpeft import wire
 from fedpeft.config import Config
-from fedpeft.errors import RunStopped
+from fedpeft.errors import Problem, RunStopped, UserError
 from fedpeft.records import Arrays, Assignment, Failure, Layout, Metrics, RoundRecord, TensorSpec, Update
 from fedpeft.screen import Screen
 from fedpeft.server import checkpoint, sampling, validation
@@ -25,6 +25,7 @@ from fedpeft.server.run_folder import RunFolder
 from fedpeft.strategies.strategy import Strategy
 
 MAX_EMPTY_ROUNDS = 3  # rounds in a row without enough accepted updates, after which a run stops
+FINISHED = "finished"
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Survey:
     """Sums asked of every client before round 1, and what becomes of the global arrays with them."""
 
     action: str
+    expects: Mapping[str, TensorSpec]  # what an answer looks like
     finish: Callable[[Arrays], Arrays]  # the sum of all answers -> new values for some of the global arrays
 
 
@@ -42,6 +44,7 @@ class Federation:
     config: Config
     strategy: Strategy
     base: str  # fingerprint of the base model
+    data: str  # digest of the data, where the server knows it: a resumed run must be on the same
     layout: Layout
     arrays: Arrays  # the adapter and head as drawn from the seed
     trained: tuple[str, ...]
@@ -53,12 +56,12 @@ class Federation:
 
 @dataclass
 class Outcome:
-    """What a run came to. `stopped_because` is "finished" or says what ended it early."""
+    """What a run came to. `stopped_because` is FINISHED or says what ended it early."""
 
     arrays: Arrays
     state: Arrays
     records: list[RoundRecord] = field(default_factory=list)
-    stopped_because: str = "finished"
+    stopped_because: str = FINISHED
 
 
 @dataclass
@@ -72,33 +75,48 @@ class _Judged:
 
 def run(federation: Federation, grid: Grid, folder: RunFolder, screen: Screen) -> Outcome:
     """Play every round that `folder` does not hold yet; the result is the same however often it was interrupted."""
-    config = federation.config
-    kept = checkpoint.latest(folder.checkpoint)
-    if kept is None:
+    outcome = _resumed(federation, folder)
+    if outcome is None:
         outcome = Outcome(federation.arrays, federation.strategy.start(federation.arrays))
         folder.records(up_to=-1)
-        _finish_round(outcome, _before_training(federation, grid, outcome), folder, screen, config)
+        _finish_round(federation, outcome, _before_training(federation, grid, outcome), folder, screen)
     else:
-        outcome = Outcome(kept.arrays, kept.strategy, folder.records(up_to=kept.round))
-        screen.note(f"resuming after round {kept.round}")
-    for round in range(outcome.records[-1].round + 1, config.strategy.num_rounds + 1):
-        _finish_round(outcome, _play(federation, grid, outcome, round), folder, screen, config)
-        recent = outcome.records[-MAX_EMPTY_ROUNDS:]
-        if len(recent) == MAX_EMPTY_ROUNDS and all(_is_empty(record, config) for record in recent):
-            reasons = "; ".join(f"{reason} ({count})" for reason, count in recent[-1].rejected.items())
-            outcome.stopped_because = f"no round of the last {MAX_EMPTY_ROUNDS} had enough accepted updates: {reasons}"
+        screen.note(f"resuming after round {outcome.records[-1].round}")
+    for round in range(outcome.records[-1].round + 1, federation.config.strategy.num_rounds + 1):
+        if _is_stuck(outcome, federation.config):
             break
+        _finish_round(federation, outcome, _play(federation, grid, outcome, round), folder, screen)
+    if _is_stuck(outcome, federation.config):
+        last = outcome.records[-1]
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in last.rejected.items()) or f"{last.asked} clients were asked"
+        outcome.stopped_because = f"too few updates were accepted, last time in round {last.round}: {reasons}"
     return outcome
 
 
-def _finish_round(outcome: Outcome, record: RoundRecord, folder: RunFolder, screen: Screen, config: Config) -> None:
+def _resumed(federation: Federation, folder: RunFolder) -> Outcome | None:
+    """The run in `folder` after its last whole round, or None when there is none. Raises UserError when it was another run."""
+    kept = checkpoint.latest(folder.checkpoint)
+    if kept is None:
+        return None
+    for what, then, now in (("base model", kept.base, federation.base), ("data", kept.data, federation.data)):
+        if then != now:
+            raise UserError(Problem("--resume", f"the run was started with another {what} (fingerprint {then}, now {now})", do="start a new run"))
+    records = folder.records(up_to=kept.round)
+    if [record.round for record in records] != list(range(kept.round + 1)):
+        raise UserError(Problem("--resume", f"{folder.rounds} has lost rounds: {len(records)} of {kept.round + 1} are there", do="start a new run"))
+    return Outcome(kept.arrays, kept.strategy, records)
+
+
+def _finish_round(federation: Federation, outcome: Outcome, record: RoundRecord, folder: RunFolder, screen: Screen) -> None:
     """Record first, checkpoint second: a line without its checkpoint is dropped on resume, and the round is played again."""
     outcome.records.append(record)
     folder.append(record)
-    checkpoint.write(folder.checkpoint, checkpoint.Checkpoint(record.round, outcome.arrays, outcome.state))
+    checkpoint.write(
+        folder.checkpoint, checkpoint.Checkpoint(record.round, outcome.arrays, outcome.state, federation.base, federation.data)
+    )
     for client, reason in record.rejected_clients.items():
         screen.note(f"round {record.round}: client {client} left out: {reason}")
-    screen.round_done(record, config.strategy.num_rounds)
+    screen.round_done(record, federation.config.strategy.num_rounds)
 
 
 def _before_training(federation: Federation, grid: Grid, outcome: Outcome) -> RoundRecord:
@@ -109,7 +127,7 @@ def _before_training(federation: Federation, grid: Grid, outcome: Outcome) -> Ro
         roster = _wait_for(federation)
         asked = [Assignment(federation.survey.action, 0, client, outcome.arrays) for client in sorted(roster)]
         traffic = exchange(grid, asked, roster, federation.base, federation.config.strategy.round_timeout)
-        judged = _judge(traffic, federation, None, outcome.arrays)
+        judged = _judge(traffic, federation, federation.survey.expects)
         if not judged.accepted:
             reasons = "; ".join(sorted({failure.reason for failure in judged.failed}))
             raise RunStopped(f"no client answered the survey {federation.survey.action} before round 1: {reasons}")
@@ -144,17 +162,13 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     return _record(round, traffic, judged, metrics, moved, seconds)
 
 
-def _judge(traffic: Exchange, federation: Federation, uploaded: dict[str, TensorSpec] | None, received: Arrays) -> _Judged:
-    """Validate every reply. `uploaded` is None for a survey, whose answers are sums of any name and shape, all alike."""
+def _judge(traffic: Exchange, federation: Federation, specs: Mapping[str, TensorSpec], received: Arrays | None = None) -> _Judged:
+    """Validate every reply; with `received`, also how far it moved from there."""
     judged = _Judged()
     for reply in traffic.replies:
-        specs = uploaded
-        if specs is None and judged.accepted:
-            specs = Layout.specs(judged.accepted[0].arrays)
-        expected = validation.Expected(federation.base, specs, received, federation.config.strategy.max_update_norm)
-        answer = validation.judge(reply, expected)
-        if isinstance(answer, Update) and uploaded is not None:
-            norm, reason = validation.movement(answer, expected)
+        answer = validation.judge(reply, federation.base, specs)
+        if isinstance(answer, Update) and received is not None:
+            norm, reason = validation.movement(answer, received, federation.config.strategy.max_update_norm)
             judged.norms[str(answer.client)] = norm
             answer = Failure(answer.round, answer.client, reason) if reason else answer
         if isinstance(answer, Update):
@@ -175,8 +189,12 @@ def _wait_for(federation: Federation) -> dict[int, int]:
     return roster
 
 
-def _is_empty(record: RoundRecord, config: Config) -> bool:
-    return record.round > 0 and record.accepted < config.strategy.min_train_nodes
+def _is_stuck(outcome: Outcome, config: Config) -> bool:
+    """The last rounds, or all of a shorter run, had too few accepted updates to move anything."""
+    trained = [record for record in outcome.records if record.round > 0]
+    recent = trained[-min(MAX_EMPTY_ROUNDS, config.strategy.num_rounds) :]
+    empty = [record for record in recent if record.accepted < config.strategy.min_train_nodes]
+    return len(empty) == min(MAX_EMPTY_ROUNDS, config.strategy.num_rounds)
 
 
 def _record(round: int, traffic: Exchange, judged: _Judged, metrics: Metrics, moved: float, seconds: dict[str, float]) -> RoundRecord:
@@ -187,7 +205,7 @@ def _record(round: int, traffic: Exchange, judged: _Judged, metrics: Metrics, mo
         accepted=len(judged.accepted),
         rejected=dict(sorted(Counter(failure.reason.split(":")[0] for failure in judged.failed).items())),
         rejected_clients={str(failure.client): failure.reason for failure in judged.failed},
-        loss=_mean("loss", judged.accepted),
+        loss=_training_loss(judged.accepted),
         metrics=metrics,
         examples=examples,
         bytes_up=traffic.bytes_up,
@@ -195,16 +213,18 @@ def _record(round: int, traffic: Exchange, judged: _Judged, metrics: Metrics, mo
         update_norm=moved,
         client_update_norms=judged.norms,
         seconds=seconds,
-        report={f"clients_{name}": mean for name in _names(judged.accepted) if (mean := _mean(name, judged.accepted)) is not None},
+        report=_client_means(judged.accepted),
     )
 
 
-def _names(updates: Sequence[Update]) -> list[str]:
-    """Metrics other than the training loss that every accepted client gave."""
-    return sorted(set.intersection(*(set(update.metrics) for update in updates)) - {"loss"}) if updates else []
+def _training_loss(updates: Sequence[Update]) -> float | None:
+    """The n_k-weighted mean of the clients' training losses, or None when nobody gave one."""
+    given = [(update.examples, update.metrics["loss"]) for update in updates if "loss" in update.metrics]
+    return sum(n * loss for n, loss in given) / sum(n for n, _ in given) if given else None
 
 
-def _mean(name: str, updates: Sequence[Update]) -> float | None:
-    """The n_k-weighted mean of a client metric, or None when nobody gave it."""
-    given = [(update.examples, update.metrics[name]) for update in updates if name in update.metrics]
-    return sum(n * value for n, value in given) / sum(n for n, _ in given) if given else None
+def _client_means(updates: Sequence[Update]) -> dict[str, float]:
+    """The plain mean, over the clients that gave it, of every metric but the training loss: all clients count alike."""
+    names = sorted({name for update in updates for name in update.metrics} - {"loss"})
+    given = {name: [update.metrics[name] for update in updates if name in update.metrics] for name in names}
+    return {f"clients_{name}": sum(values) / len(values) for name, values in given.items()}

@@ -45,10 +45,17 @@ class RunFolder:
         """The run in one object; it exists once the run has ended."""
         return self.path / "summary.json"
 
-    def create(self, config: Config) -> None:
-        """Make the folder of a new run. Raises UserError when something is there already."""
+    def check_free(self) -> None:
+        """Raises UserError when something is there already, or nothing can be made there."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise UserError(Problem("--out", f"{self.path} is there and not empty", do="name another folder, or continue that run with --resume"))
+        above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UserError(Problem("--out", f"{self.path} cannot be made ({above} is no folder that can be written to)"))
+
+    def create(self, config: Config) -> None:
+        """Make the folder of a new run."""
+        self.check_free()
         self.path.mkdir(parents=True, exist_ok=True)
         self.config.write_text(config.to_yaml(), encoding="utf-8")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from fedpeft import arrays, wire
 from fedpeft.records import Arrays, Failure, Layout, TensorSpec, Update, all_finite
@@ -13,48 +12,38 @@ from fedpeft.server.exchange import Reply
 MAX_EXAMPLES = 10**9  # nobody has more; a larger weight would take over every mean
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What a proper update of this round looks like."""
-
-    base: str  # fingerprint of the base
-    specs: Mapping[str, TensorSpec] | None  # of the uploaded tensors; None: any
-    received: Arrays  # what the clients were sent
-    max_update_norm: float
-
-
-def judge(reply: Reply, expected: Expected) -> Update | Failure:
-    """The update in a reply, or the reason why it is not taken."""
+def judge(reply: Reply, base: str, specs: Mapping[str, TensorSpec]) -> Update | Failure:
+    """The update in a reply, or the reason why it is not taken. It must be of this `base` and have tensors of these `specs`."""
     asked = reply.asked
     if reply.message is None:
         return Failure(asked.round, asked.client, "no answer in time")
     if reply.message.has_error():
-        return Failure(asked.round, asked.client, f"client failed: {reply.message.error.reason}"[:500])
+        return Failure(asked.round, asked.client, f"client failed: {reply.message.error.reason}"[: wire.MAX_TEXT])
     try:
-        answer, base = wire.message_to_answer(reply.message)
+        answer, trained_on = wire.message_to_answer(reply.message)
     except wire.WireError as error:
         return Failure(asked.round, asked.client, f"malformed: {error}")
     if isinstance(answer, Failure):
         return Failure(asked.round, asked.client, answer.reason)
-    reason = _identity(answer, base, reply, expected) or _content(answer, expected)
+    reason = _identity(answer, trained_on, reply, base) or _content(answer, specs)
     return Failure(asked.round, asked.client, reason) if reason else answer
 
 
-def _identity(update: Update, base: str, reply: Reply, expected: Expected) -> str | None:
+def _identity(update: Update, trained_on: str, reply: Reply, base: str) -> str | None:
     if update.round != reply.asked.round:
         return f"stale: answers round {update.round} in round {reply.asked.round}"
     if update.client != reply.asked.client:
         return f"wrong client: answers for {update.client}"
-    if base != expected.base:
-        return f"other base model: fingerprint {base}, here {expected.base}"
+    if trained_on != base:
+        return f"other base model: fingerprint {trained_on}, here {base}"
     return None
 
 
-def _content(update: Update, expected: Expected) -> str | None:
+def _content(update: Update, specs: Mapping[str, TensorSpec]) -> str | None:
     got = Layout.specs(update.arrays)
-    if expected.specs is not None and got != dict(expected.specs):
-        name = min(name for name in got.keys() | expected.specs.keys() if got.get(name) != expected.specs.get(name))
-        return f"wrong tensors: {name} is {_said(got.get(name))}, expected {_said(expected.specs.get(name))}"
+    if got != dict(specs):
+        name = min(name for name in got.keys() | specs.keys() if got.get(name) != specs.get(name))
+        return f"wrong tensors: {name[:100]} is {_said(got.get(name))}, expected {_said(specs.get(name))}"
     if not 1 <= update.examples <= MAX_EXAMPLES:
         return f"absurd weight: {update.examples} examples"
     if not all(math.isfinite(value) for value in (*update.metrics.values(), update.seconds)):
@@ -64,13 +53,13 @@ def _content(update: Update, expected: Expected) -> str | None:
     return None
 
 
-def movement(update: Update, expected: Expected) -> tuple[float, str | None]:
+def movement(update: Update, received: Arrays, max_norm: float) -> tuple[float, str | None]:
     """How far a trained update went from what was sent, and why that is not to be believed, if it is not."""
-    norm = arrays.norm(arrays.difference(update.arrays, expected.received))
+    norm = arrays.norm(arrays.difference(update.arrays, received))
     if norm == 0:
         return norm, "did not move: the adapter came back as it was sent (learning rate 0, or nothing to train?)"
-    if norm > expected.max_update_norm:
-        return norm, f"over norm: {norm:.3g} above strategy.max_update_norm {expected.max_update_norm:.3g}"
+    if norm > max_norm:
+        return norm, f"over norm: {norm:.3g} above strategy.max_update_norm {max_norm:.3g}"
     return norm, None
 
 

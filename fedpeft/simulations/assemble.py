@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +40,8 @@ class Parts:
     task: Any
     worker: Worker
     test: Encoded
+    train_truncated: int  # training texts that lost their end
+    data_digest: str  # of every client's examples and the test part: a resumed run must see the same
 
 
 def deal(config: Config) -> Split:
@@ -47,19 +51,28 @@ def deal(config: Config) -> Split:
     return Split(found, partitions.split(config.partition, found.train, seeds.generator(config.seed, "partition")))
 
 
-def assemble(config: Config) -> Parts:
-    """Load data, model and adapter. Raises one UserError with the problems of all three."""
+def assemble(config: Config, check: Callable[[], None] | None = None) -> Parts:
+    """Load data, model and adapter. Raises one UserError with the problems of all three, and of `check` if given."""
     task = find("task", config.model.task)()
     adapter: Adapter = config.adapter.build()
     problems = Problems()
+    if check is not None:
+        with problems.gather():
+            check()
     split: Split | None = None
     with problems.gather():
         split = deal(config)
     labels = len(split.corpus.train.label_names) if split else 2
     with problems.gather():
-        adapter.check(base.skeleton(config.model, task, labels), task.peft_task)
+        skeleton = base.skeleton(config.model, task, labels)
+        adapter.check(skeleton, task.peft_task)
+        positions = getattr(skeleton.config, "max_position_embeddings", None)
+        if positions is not None and config.data.max_length > positions:
+            problems.add("data.max_length", f"{config.data.max_length} tokens are more than the model's {positions} positions", do="lower it")
     with problems.gather():
         base.choose_device(config.training)
+    if split is not None:
+        _check_counts(config, len(split.partition.indices), problems)
     problems.raise_if_any()
     assert split is not None
     loaded = base.load(config.model, task, labels, config.training, config.seed)
@@ -71,4 +84,21 @@ def assemble(config: Config) -> Parts:
         for client, rows in enumerate(split.partition.indices)
     }
     test = task.encode(split.corpus.test, loaded.tokenizer, config.data.max_length)
-    return Parts(split, adapted, strategy, task, Worker(config, adapted, task, strategy, nodes), test)
+    worker = Worker(config, adapted, task, strategy, nodes)
+    return Parts(split, adapted, strategy, task, worker, test, train.truncated, _digest([*(node.train for node in nodes.values()), test]))
+
+
+def _check_counts(config: Config, clients: int, problems: Problems) -> None:
+    """Numbers of clients that a round could never reach."""
+    for key in ("min_available_nodes", "min_train_nodes"):
+        if (wanted := getattr(config.strategy, key)) > clients:
+            problems.add(f"strategy.{key}", f"{wanted} is more than the {clients} clients there are", f"at most {clients}")
+
+
+def _digest(parts: Sequence[Encoded]) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part.labels.tobytes() + b"|")
+        for row in part.inputs:
+            sha.update(row["input_ids"].tobytes() + b"|")
+    return sha.hexdigest()[:16]

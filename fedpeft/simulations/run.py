@@ -46,13 +46,15 @@ def simulate(config: Config, out: str | pathlib.Path | None = None, resume: bool
     if resume and out is None:
         raise UserError(Problem("--resume", "no run to resume", do="give its folder with --out"))
     folder = RunFolder(pathlib.Path(out) if out is not None else _free_folder(config.name))
+    if resume:
+        folder.reopen(config)
     with quiet_libraries():
-        parts = assemble(config)
-        if resume:
-            folder.reopen(config)
-        else:
+        parts = assemble(config, check=None if resume else folder.check_free)
+        if not resume:
             folder.create(config)
         screen.started(config, _facts(parts, folder))
+        if cut := parts.train_truncated:
+            screen.note(f"{cut} of {len(parts.split.corpus.train)} training texts lost their end to data.max_length={config.data.max_length}")
         grid = find("simulation", config.simulation.engine)(parts.worker)
         federation = _federation(config, parts, lambda: grid.roster)
         outcome = rounds.run(federation, grid, folder, screen)
@@ -82,7 +84,10 @@ def _facts(parts: Parts, folder: RunFolder) -> dict[str, Any]:
 
 def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int]]) -> rounds.Federation:
     layout = parts.adapted.layout()
-    head_init = find("head_init", config.training.head_init)()
+    head_init = parts.worker.survey
+    survey = None
+    if head_init.asks:
+        survey = rounds.Survey(config.training.head_init, head_init.expects(layout), lambda total: head_init.finish(total, layout))
 
     def measure(arrays: Arrays) -> Metrics:
         return evaluate(parts.adapted, parts.task, arrays, parts.test, config.training.per_device_eval_batch_size)
@@ -91,11 +96,12 @@ def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int
         config=config,
         strategy=parts.strategy,
         base=parts.adapted.base.fingerprint,
+        data=parts.data_digest,
         layout=layout,
         arrays=parts.adapted.read(),
         trained=parts.adapted.trained,
         evaluate=measure,
         primary_metric=parts.task.primary_metric,
         roster=roster,
-        survey=rounds.Survey(config.training.head_init, lambda total: head_init.finish(total, layout)) if head_init.asks else None,
+        survey=survey,
     )

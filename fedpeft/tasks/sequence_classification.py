@@ -61,7 +61,7 @@ class SequenceClassification(Settings):
         return functional.cross_entropy(logits.float(), labels, reduction="none")
 
     def measure(self, logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Metrics:
-        """Accuracy, macro-averaged F1 over the classes that occur or are predicted, and mean cross-entropy, from logits [records, classes]."""
+        """From logits [records, classes]: accuracy, mean F1 of the classes that occur or are predicted, mean cross-entropy."""
         predicted = logits.argmax(axis=1)
         shifted = logits - logits.max(axis=1, keepdims=True)
         log_probability = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

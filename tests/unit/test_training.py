@@ -5,6 +5,9 @@ import pytest
 import torch
 
 from fedpeft import Config
+from fedpeft.arrays import digest
+from fedpeft.data.encoded import Encoded
+from fedpeft.records import Failure
 from fedpeft.simulations.assemble import assemble
 from fedpeft.training import one, schedules
 from fedpeft.training.job import Job, batches, local_steps
@@ -133,16 +136,35 @@ def test_warm_up_rises_to_the_peak():
 
 
 def test_every_pass_sees_each_example_once(tiny_settings):
-    settings = {**tiny_settings, "training": {"num_train_epochs": 3, "max_steps": None, "per_device_train_batch_size": 5}}
-    config = Config.from_dict(settings)
-    parts = assemble(config)
+    config, parts = build(tiny_settings, num_train_epochs=3, max_steps=None, per_device_train_batch_size=5)
     job = job_of(parts)
     n = len(job.data)
     dealt = [rows for step in batches(config, job) for rows in step]
     passes = -(-n // 5)
-    assert len(dealt) == local_steps(config, n) == -(-3 * n // 5)
-    for start in range(0, len(dealt) - passes + 1, passes):
+    assert len(dealt) == local_steps(config, n) == 3 * passes
+    for start in range(0, len(dealt), passes):
         assert sorted(np.concatenate(dealt[start : start + passes])) == list(range(n))
+
+
+def test_one_pass_with_accumulation_is_one_pass(tiny_settings):
+    config, parts = build(tiny_settings, num_train_epochs=1, max_steps=None, per_device_train_batch_size=4, gradient_accumulation_steps=8)
+    job = job_of(parts)
+    steps = batches(config, job)
+    assert len(steps) == local_steps(config, len(job.data))
+    assert sorted(np.concatenate([rows for step in steps for rows in step])) == list(range(len(job.data)))
+
+
+def test_a_client_that_breaks_is_a_failure_and_the_others_train(tiny_settings):
+    config, parts = build(tiny_settings)
+    jobs = [job_of(parts, client) for client in range(3)]
+    far = [{**row, "input_ids": row["input_ids"] + 10**6} for row in jobs[1].data.inputs]  # token ids that no embedding has
+    jobs[1] = Job(1, 1, jobs[1].start, Encoded(far, jobs[1].data.labels, 3))
+    first, broken, last = one.train(parts.adapted, parts.task, config, jobs)
+    assert isinstance(broken, Failure)
+    assert broken.reason.startswith("training broke: ")
+    (alone,) = one.train(parts.adapted, parts.task, config, [jobs[2]])
+    assert digest(alone.arrays) == digest(last.arrays)
+    assert first.steps == 2
 
 
 def test_a_bfloat16_base_trains_a_float32_adapter_and_head(tiny_settings):

@@ -81,7 +81,16 @@ def update_message(change=lambda manifest: None, flat=None):
         (lambda m: m.update(tensors=[["w", "float32", [-2, -3]]]), "proper name and shape"),
         (lambda m: m.update(tensors=[["w", "object", [2, 3]]]), "name, dtype, shape"),
         (lambda m: m.update(tensors=[["w", "float32", [True, 6]]]), "proper name and shape"),
-        (lambda m: m.update(tensors=[["w", "float32", [2**40, 2**40]]]), "end inside"),
+        (lambda m: m.update(tensors=[["w", "float32", [2**30, 2**30]]]), "end inside"),
+        (lambda m: m.update(tensors=[["w", "float32", [2**40, 2**40]]]), "proper name and shape"),
+        (lambda m: m.update(tensors=[["w", "float32", [0, 2**70]]]), "proper name and shape"),
+        (lambda m: m.update(tensors=[["w", "float32", {}]]), "proper name and shape"),
+        (lambda m: m.update(tensors=[["w", "float32", ""]]), "proper name and shape"),
+        (lambda m: m.update(tensors=[["w", "float32", [1] * 65]]), "proper name and shape"),
+        (lambda m: m.update(metrics={"loss": 10**400}), "metrics"),
+        (lambda m: m.update(metrics={"\ud800": 1.0}), "metrics"),
+        (lambda m: m.update(seconds=10**400), "seconds"),
+        (lambda m: m.update(base="x" * 10_000), "base"),
         (lambda m: m.update(tensors=["w"]), "name, dtype, shape"),
         (lambda m: m.update(tensors=[["w", ["float32"], [2, 3]]]), "name, dtype, shape"),
         (lambda m: m.update(examples=-1), "examples"),
@@ -124,3 +133,21 @@ def test_arrays_that_numpy_would_unpickle_are_refused():
     message.content["arrays"] = ArrayRecord({"flat": Array(np.array([1, 2, 3]))})
     with pytest.raises(wire.WireError, match="flat bytes"):
         wire.message_to_answer(message)
+
+
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+fields = st.sampled_from(["schema", "kind", "round", "client", "base", "tensors", "sha256", "examples", "metrics", "seconds", "reason"])
+
+
+@given(changes=st.dictionaries(fields, junk, min_size=1, max_size=4))
+def test_junk_in_a_manifest_is_an_answer_or_a_wire_error_and_nothing_else(changes):
+    try:
+        answer, _ = wire.message_to_answer(update_message(lambda manifest: manifest.update(changes)))
+    except wire.WireError:
+        return
+    assert isinstance(answer, Update | Failure)
+    json.dumps([answer.round, answer.client, getattr(answer, "metrics", {})]).encode()

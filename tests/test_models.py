@@ -1,0 +1,124 @@
+"""Any Hugging Face classifier: the adapter folder holds everything that training moved or the seed drew."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from fedpeft import Config, simulate
+from fedpeft.simulations.assemble import assemble
+from fedpeft.training import evaluate
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64}
+
+
+def bert(vocabulary):
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(vocab_size=vocabulary, **SMALL))
+
+
+def bert_without_pooler(vocabulary):
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(vocab_size=vocabulary, **SMALL), add_pooling_layer=False)
+
+
+def roberta(vocabulary):
+    from transformers import RobertaConfig, RobertaModel
+
+    return RobertaModel(RobertaConfig(vocab_size=vocabulary, **SMALL))
+
+
+def distilbert(vocabulary):
+    from transformers import DistilBertConfig, DistilBertModel
+
+    return DistilBertModel(
+        DistilBertConfig(vocab_size=vocabulary, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64)
+    )
+
+
+def deberta(vocabulary):
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    return DebertaV2Model(DebertaV2Config(vocab_size=vocabulary, pooler_hidden_size=32, **SMALL))
+
+
+def modernbert(vocabulary):
+    from transformers import ModernBertConfig, ModernBertModel
+
+    return ModernBertModel(ModernBertConfig(vocab_size=vocabulary, pad_token_id=0, **SMALL))
+
+
+def bart(vocabulary):
+    from transformers import BartConfig, BartModel
+
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    ends = {"eos_token_id": 102, "pad_token_id": 0, "bos_token_id": 101, "decoder_start_token_id": 102}
+    return BartModel(BartConfig(vocab_size=vocabulary, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, **sizes, **ends))
+
+
+def gpt2(vocabulary):
+    from transformers import GPT2Config, GPT2Model
+
+    return GPT2Model(GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+
+
+def llama(vocabulary):
+    from transformers import LlamaConfig, LlamaModel
+
+    return LlamaModel(LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, **SMALL))
+
+
+MODELS = [bert, bert_without_pooler, roberta, distilbert, deberta, modernbert, bart, gpt2, llama]
+
+TARGETS = {distilbert: ["q_lin", "v_lin"]}  # its pre_classifier is a head, and PEFT will not put LoRA on what it saves whole
+
+
+@pytest.mark.parametrize("head_init", ["random", "class_statistics"])
+@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+def test_peft_reloads_what_was_federated(make, head_init, tiny_settings, tiny_bert, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(3)
+        make(len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    training = {**tiny_settings["training"], "head_init": head_init, "learning_rate": 1e-3}
+    settings = {**tiny_settings, "training": training, "model": {"name": str(tmp_path / "base")}, "strategy": {"num_rounds": 1}}
+    targets = TARGETS.get(make, "all-linear")
+    config = Config.from_dict({**settings, "adapter": {"name": "lora", "r": 4, "target_modules": targets}})
+    run = simulate(config, tmp_path / "run")
+    assert run.summary["rejected_updates"] == 0
+    parts = assemble(config)
+    parts.adapted.write(run.arrays)
+    ours = evaluate.logits(parts.adapted, parts.test, 7)
+
+    torch.manual_seed(999)  # whatever the folder does not hold is drawn anew here, and differs
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    base.config.pad_token_id = tokenizer.pad_token_id
+    model = PeftModel.from_pretrained(base, run.adapter_dir).eval()
+    tokens = AutoTokenizer.from_pretrained(run.adapter_dir)
+    with torch.no_grad():
+        theirs = [
+            model(**tokens(text, truncation=True, max_length=16, return_tensors="pt")).logits[0].numpy()
+            for text in parts.split.corpus.test.columns["text"]
+        ]
+    np.testing.assert_allclose(ours, np.stack(theirs), atol=1e-5 * max(1.0, float(np.abs(ours).max())))
+
+
+def test_logits_do_not_depend_on_batch_mates(tiny_settings, tiny_bert, tmp_path):
+    """Also for a decoder whose tokenizer pads on the left by itself."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert, padding_side="left")
+    with torch.random.fork_rng():
+        gpt2(len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    parts = assemble(Config.from_dict({**tiny_settings, "model": {"name": str(tmp_path / "base")}, "adapter": {"name": "lora"}}))
+    alone = np.concatenate([evaluate.logits(parts.adapted, parts.test.take(np.array([row])), 1) for row in range(len(parts.test))])
+    np.testing.assert_allclose(evaluate.logits(parts.adapted, parts.test, 24), alone, atol=1e-5)
