@@ -22,6 +22,10 @@ from fedpeft.errors import Problem, UserError, nearest
 TABLES: dict[str, dict[str, str]] = {
     "strategy": {
         "fedavg": "fedpeft.strategies.fedavg:FedAvg",
+        "ffa_lora": "fedpeft.strategies.ffa_lora:FfaLora",
+        "lora_fair": "fedpeft.strategies.lora_fair:LoraFair",
+        "ro_lora": "fedpeft.strategies.ro_lora:RoLora",
+        "fed_svd": "fedpeft.strategies.fed_svd:FedSvd",
     },
     "adapter": {
         "lora": "fedpeft.adapters.lora:Lora",

@@ -44,6 +44,17 @@ class Product:
         """Columns of `left`: an upper bound on the rank of the matrix."""
         return int(self.left.shape[1])
 
+    def compressed(self) -> Product:
+        """The same matrix with a rank of at most min(d_out, d_in), where stacking has gone beyond it."""
+        if self.rank <= min(self.shape):
+            return self
+        if self.shape[0] <= self.shape[1]:
+            q, t = np.linalg.qr(self.right.T)  # right = t^T q^T, t [d_in or R, R]
+            left: Matrix = self.left @ t.T
+            return Product(np.eye(self.shape[0]), left @ q.T) if left.shape[1] > self.shape[0] else Product(left, q.T)
+        transposed = Product(self.right.T, self.left.T).compressed()
+        return Product(transposed.right.T, transposed.left.T)
+
     def scaled(self, factor: float) -> Product:
         """factor * left @ right."""
         return Product(factor * self.left, self.right)

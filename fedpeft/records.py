@@ -63,6 +63,7 @@ class Assignment:
     round: int  # counted from 1; 0 is the time before training
     client: int
     arrays: Arrays
+    held: str = ""  # digest of the tensors that do not travel since the client has them from the seed
 
 
 @dataclass(frozen=True)

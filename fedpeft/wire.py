@@ -37,14 +37,15 @@ class WireError(ValueError):
 
 def assignment_to_message(assignment: Assignment, base: str, node: int) -> Message:
     """What the server sends to Flower node `node`; `base` is the fingerprint of the base the arrays belong to."""
-    header = {"kind": "assignment", "action": assignment.action, "round": assignment.round, "client": assignment.client, "base": base}
+    header = {"kind": "assignment", "action": assignment.action, "round": assignment.round, "client": assignment.client}
+    header |= {"base": base, "held": assignment.held}
     return Message(_content(header, assignment.arrays), dst_node_id=node, message_type=TRAIN if assignment.round else QUERY)
 
 
 def message_to_assignment(message: Message) -> tuple[Assignment, str]:
     """The assignment in a message, and the fingerprint of the base it was made for."""
     header, arrays = _read(message, "assignment")
-    assignment = Assignment(_text(header, "action"), _whole(header, "round"), _whole(header, "client"), arrays)
+    assignment = Assignment(_text(header, "action"), _whole(header, "round"), _whole(header, "client"), arrays, _text(header, "held"))
     return assignment, _text(header, "base")
 
 

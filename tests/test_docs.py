@@ -72,7 +72,10 @@ def test_partitioners_of_the_readme_are_those_there_are():
 def test_the_example_of_the_contributing_guide_is_a_strategy(tmp_path, tiny_settings):
     guide = (ROOT / "CONTRIBUTING.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
-    imports = "from pydantic import Field\nfrom fedpeft.arrays import weighted_mean\nfrom fedpeft.strategies.strategy import Strategy\n"
+    imports = (
+        "from pydantic import Field\nfrom fedpeft.strategies import aggregation\n"
+        "from fedpeft.strategies.strategy import Combined, Strategy\n"
+    )
     (tmp_path / "my_file.py").write_text(imports + code)
     from fedpeft import simulate
 

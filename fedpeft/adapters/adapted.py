@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,10 @@ A_FACTOR, B_FACTOR = ".lora_A.weight", ".lora_B.weight"
 
 
 class Adapted:
-    """The one model of a process. Whoever trains or evaluates writes its own arrays into it first."""
+    """The one model of a process. Whoever trains or evaluates writes its own arrays into it first.
+
+    `parameters` maps names, sorted, to what they name; `trained` are those that training may move, `head` whole layers.
+    """
 
     def __init__(self, base: Base, model: Any, train_head: bool) -> None:
         from peft import get_peft_model_state_dict
@@ -37,13 +41,9 @@ class Adapted:
         self.head = tuple(name for name, parameter in self.parameters.items() if id(parameter) in in_head)
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(train_head if name in self.head else parameter.requires_grad)
+        self.trained = tuple(name for name, parameter in self.parameters.items() if parameter.requires_grad)
         for wrapper in self._head_wrappers():
             wrapper.register_forward_pre_hook(_as_float32)
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """Names of the tensors that training moves, sorted."""
-        return tuple(name for name, parameter in self.parameters.items() if parameter.requires_grad)
 
     @property
     def trainable_parameters(self) -> int:
@@ -86,6 +86,12 @@ class Adapted:
         with torch.no_grad():
             for name, array in arrays.items():
                 self.parameters[name].copy_(torch.from_numpy(np.array(array)))
+
+    def train_only(self, names: Collection[str]) -> list[torch.nn.Parameter]:
+        """Give gradients to these tensors and to no others; the parameters, in the order of `names`."""
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in names)
+        return [self.parameters[name] for name in names]
 
     def output_layer(self) -> torch.nn.Linear:
         """The head's last linear layer: features in, one logit a label out. Raises UserError when the model has none."""

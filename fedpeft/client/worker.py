@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedpeft import wire
+from fedpeft import arrays, wire
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.client.node import Node
 from fedpeft.config import Config
 from fedpeft.lookup import find
 from fedpeft.records import Arrays, Assignment, Failure, Metrics, Update
-from fedpeft.strategies.strategy import Strategy
+from fedpeft.strategies.strategy import Round, Strategy
 from fedpeft.training import evaluate
 from fedpeft.training.job import Job
 
@@ -27,6 +27,8 @@ class Worker:
         self.nodes = nodes
         self.engine = find("engine", config.training.engine)
         self.survey = find("head_init", config.training.head_init)()
+        self.layout = adapted.layout()
+        self.drawn = adapted.read()  # from the seed, like everybody's
 
     @property
     def base(self) -> str:
@@ -35,21 +37,35 @@ class Worker:
 
     def answer(self, assignments: Sequence[Assignment]) -> list[Update | Failure]:
         """Do what is asked, in the order asked. What breaks is a Failure with its reason, and the rest goes on."""
-        trained = iter(self._train([a for a in assignments if a.action == wire.TRAIN]))
-        return [next(trained) if a.action == wire.TRAIN else self._survey(a) for a in assignments]
+        refused = {id(a): refusal for a in assignments if (refusal := self._refused(a))}
+        trained = iter(self._train([a for a in assignments if a.action == wire.TRAIN and id(a) not in refused]))
+        return [refused.get(id(a)) or (next(trained) if a.action == wire.TRAIN else self._survey(a)) for a in assignments]
 
     def _train(self, assignments: Sequence[Assignment]) -> list[Update | Failure]:
-        jobs = [Job(a.client, a.round, a.arrays, self.nodes[a.client].train) for a in assignments]
-        validated = [self._validate(a.arrays, self.nodes[a.client]) for a in assignments]
-        upload = self.strategy.upload(self.adapted.trained)
+        jobs = [self._job(assignment) for assignment in assignments]
+        validated = [self._validate(job.start, self.nodes[job.client]) for job in jobs]
         answers: list[Update | Failure] = []
         for job, metrics, trained in zip(jobs, validated, self.engine(self.adapted, self.task, self.config, jobs), strict=True):
             if isinstance(trained, Failure):
                 answers.append(trained)
-                continue
-            arrays = {name: trained.arrays[name] for name in upload}
-            answers.append(Update(job.round, job.client, arrays, len(job.data), {"loss": trained.loss, **metrics}, trained.seconds))
+            else:
+                metrics = {"loss": trained.loss, **metrics}
+                answers.append(Update(job.round, job.client, trained.arrays, len(job.data), metrics, trained.seconds))
         return answers
+
+    def _job(self, assignment: Assignment) -> Job:
+        at = Round(assignment.round, self.config.strategy.num_rounds, self.layout)
+        names = self.strategy.trains(self.adapted.trained, at)
+        return Job(assignment.client, assignment.round, {**self.drawn, **assignment.arrays}, names, self.nodes[assignment.client].train)
+
+    def _refused(self, assignment: Assignment) -> Failure | None:
+        """What does not travel must be what the server has: the digest of the tensors this client holds is checked."""
+        held = {name: array for name, array in self.drawn.items() if name not in assignment.arrays}
+        mine = arrays.digest(held) if held else ""
+        if mine == assignment.held:
+            return None
+        said = f"holds other frozen tensors than the server (digest {mine[:16] or 'none'}, there {assignment.held[:16] or 'none'})"
+        return Failure(assignment.round, assignment.client, f"other seed or library: {said}")
 
     def _validate(self, received: Arrays, node: Node) -> Metrics:
         """The received model on the client's own validation examples, if it keeps any."""
@@ -64,7 +80,7 @@ class Worker:
         if not self.survey.asks or assignment.action != self.config.training.head_init:
             return Failure(assignment.round, assignment.client, f"asked for something else than agreed: {assignment.action[:50]}")
         node = self.nodes[assignment.client]
-        self.adapted.write(assignment.arrays)
+        self.adapted.write({**self.drawn, **assignment.arrays})
         try:
             sums = self.survey.measure(self.adapted, node.train, self.config.training.per_device_eval_batch_size)
         except (RuntimeError, ValueError, IndexError, ArithmeticError) as error:

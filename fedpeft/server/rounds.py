@@ -22,7 +22,7 @@ from fedpeft.screen import Screen
 from fedpeft.server import checkpoint, sampling, validation
 from fedpeft.server.exchange import Exchange, exchange
 from fedpeft.server.run_folder import RunFolder
-from fedpeft.strategies.strategy import Strategy
+from fedpeft.strategies.strategy import Round, Strategy
 
 MAX_EMPTY_ROUNDS = 3  # rounds in a row without enough accepted updates, after which a run stops
 FINISHED = "finished"
@@ -52,6 +52,10 @@ class Federation:
     primary_metric: str
     roster: Callable[[], dict[int, int]]  # client -> Flower node, of those that are there
     survey: Survey | None = None
+
+    def at(self, round: int) -> Round:
+        """What both sides know of a round."""
+        return Round(round, self.config.strategy.num_rounds, self.layout)
 
 
 @dataclass
@@ -125,7 +129,7 @@ def _before_training(federation: Federation, grid: Grid, outcome: Outcome) -> Ro
     traffic, judged = Exchange([], 0, 0), _Judged()
     if federation.survey is not None:
         roster = _wait_for(federation)
-        asked = [Assignment(federation.survey.action, 0, client, outcome.arrays) for client in sorted(roster)]
+        asked = _assignments(federation, federation.survey.action, sorted(roster), outcome.arrays, federation.at(0))
         traffic = exchange(grid, asked, roster, federation.base, federation.config.strategy.round_timeout)
         judged = _judge(traffic, federation, federation.survey.expects)
         if not judged.accepted:
@@ -135,7 +139,7 @@ def _before_training(federation: Federation, grid: Grid, outcome: Outcome) -> Ro
     surveyed = time.perf_counter()
     metrics = federation.evaluate(outcome.arrays)
     seconds = {"exchange": surveyed - started, "evaluate": time.perf_counter() - surveyed}
-    return _record(0, traffic, judged, metrics, 0.0, seconds)
+    return _record(0, traffic, judged, metrics, 0.0, seconds, {})
 
 
 def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> RoundRecord:
@@ -144,22 +148,31 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     times = [time.perf_counter()]
     roster = _wait_for(federation)
     clients = sampling.choose(list(roster), settings.fraction_train, settings.min_train_nodes, federation.config.seed, round)
-    received = outcome.arrays
-    asked = [Assignment(wire.TRAIN, round, client, received) for client in clients]
+    received, at = outcome.arrays, federation.at(round)
+    asked = _assignments(federation, wire.TRAIN, clients, received, at)
     traffic = exchange(grid, asked, roster, federation.base, settings.round_timeout)
     times.append(time.perf_counter())
-    uploaded = {name: federation.layout.tensors[name] for name in federation.strategy.upload(federation.trained)}
+    uploaded = {name: federation.layout.tensors[name] for name in federation.strategy.trains(federation.trained, at)}
     judged = _judge(traffic, federation, uploaded, received)
-    moved = 0.0
+    moved, said = 0.0, {}
     if len(judged.accepted) >= settings.min_train_nodes:
-        combined = federation.strategy.combine(judged.accepted, received)
-        outcome.arrays, outcome.state = federation.strategy.apply(received, combined, outcome.state)
+        combined = federation.strategy.combine(judged.accepted, received, at)
+        outcome.arrays, outcome.state = federation.strategy.apply(received, combined.arrays, outcome.state)
+        said = combined.report
         moved = arithmetic.norm(arithmetic.difference(outcome.arrays, received))
     times.append(time.perf_counter())
     metrics = federation.evaluate(outcome.arrays) if moved else outcome.records[-1].metrics
     times.append(time.perf_counter())
     seconds = dict(zip(("exchange", "combine", "evaluate"), (end - start for start, end in zip(times, times[1:], strict=False)), strict=True))
-    return _record(round, traffic, judged, metrics, moved, seconds)
+    return _record(round, traffic, judged, metrics, moved, seconds, said)
+
+
+def _assignments(federation: Federation, action: str, clients: Sequence[int], arrays: Arrays, at: Round) -> list[Assignment]:
+    """The same for every client: what the strategy sends, and the digest of what it need not send."""
+    sent = federation.strategy.sends(tuple(arrays), at)
+    held = {name: array for name, array in arrays.items() if name not in sent}
+    digest = arithmetic.digest(held) if held else ""
+    return [Assignment(action, at.number, client, {name: arrays[name] for name in sent}, digest) for client in clients]
 
 
 def _judge(traffic: Exchange, federation: Federation, specs: Mapping[str, TensorSpec], received: Arrays | None = None) -> _Judged:
@@ -197,7 +210,9 @@ def _is_stuck(outcome: Outcome, config: Config) -> bool:
     return len(empty) == min(MAX_EMPTY_ROUNDS, config.strategy.num_rounds)
 
 
-def _record(round: int, traffic: Exchange, judged: _Judged, metrics: Metrics, moved: float, seconds: dict[str, float]) -> RoundRecord:
+def _record(
+    round: int, traffic: Exchange, judged: _Judged, metrics: Metrics, moved: float, seconds: dict[str, float], said: Metrics
+) -> RoundRecord:
     examples = sum(update.examples for update in judged.accepted)
     return RoundRecord(
         round=round,
@@ -213,7 +228,7 @@ def _record(round: int, traffic: Exchange, judged: _Judged, metrics: Metrics, mo
         update_norm=moved,
         client_update_norms=judged.norms,
         seconds=seconds,
-        report=_client_means(judged.accepted),
+        report={**said, **_client_means(judged.accepted)},
     )
 
 

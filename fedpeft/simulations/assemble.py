@@ -78,6 +78,7 @@ def assemble(config: Config, check: Callable[[], None] | None = None) -> Parts:
     loaded = base.load(config.model, task, labels, config.training, config.seed)
     adapted = adapter.attach(loaded, task.peft_task, config.seed, train_head=config.training.head == "trained")
     strategy: Strategy = config.strategy.build()
+    strategy.check(adapted.layout())
     train = task.encode(split.corpus.train, loaded.tokenizer, config.data.max_length)
     nodes = {
         client: Node.split(client, train.take(rows), config.data.validation_fraction, config.seed)

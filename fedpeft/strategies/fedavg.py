@@ -1,6 +1,10 @@
 """FedAvg over LoRA factors, also called FedIT: both factors and the head are averaged, weighted by the clients' examples.
 
     A <- sum_k p_k A_k,   B <- sum_k p_k B_k,   p_k = n_k / sum_j n_j over the clients accepted in the round
+    sum_k p_k B_k A_k - B A = sum_k p_k (B_k - B)(A_k - A)
+
+The second line is what goes wrong: a cross-covariance of rank at most (K-1) r, reported as `aggregation_error`. It is zero
+for one client, and where the clients agree on a factor.
 
 Papers: McMahan et al. 2017 (arXiv:1602.05629), algorithm 1; Zhang et al. 2023 (arXiv:2305.05644) for LoRA.
 """
@@ -9,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedpeft.arrays import weighted_mean
 from fedpeft.records import Arrays, Update
-from fedpeft.strategies.strategy import Strategy
+from fedpeft.strategies import aggregation
+from fedpeft.strategies.strategy import Combined, Round, Strategy
 
 
 class FedAvg(Strategy):
     """Weighted mean of the factors. Not the mean of the products B A: the two differ by the clients' cross-covariance."""
 
-    def combine(self, updates: Sequence[Update], received: Arrays) -> Arrays:
+    def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
         """The n_k-weighted mean of every uploaded tensor, summed in float64 in the order of clients."""
-        return weighted_mean(((update.examples, update.arrays) for update in updates), like=updates[0].arrays)
+        mean = aggregation.mean(updates)
+        return Combined(mean, aggregation.error(updates, mean, received, at.layout))

@@ -1,36 +1,64 @@
-"""`Strategy`: what is sent, how many updates become one, and how the global state moves. Frozen settings, pure functions.
+"""`Strategy`: what trains and travels, how many updates become one, how the global state moves. Frozen settings, pure functions.
 
 The order of a round, with the file that calls each:
 
-    server/rounds.py     received = arrays          sent to every client of the round
-    client/worker.py     upload(trained)            which of the trained tensors travel back
-    server/rounds.py     combine(updates, received) many to one
-    server/rounds.py     apply(arrays, combined)    the server's step; server optimisers live here
+    server/rounds.py     sends(names, at)                which global tensors travel down; the rest every client has from the seed
+    client/worker.py     trains(names, at)               which tensors train, and travel up
+    server/rounds.py     combine(updates, received, at)  many updates to one
+    server/rounds.py     apply(arrays, combined, state)  the server's step; server optimisers live here
+
+Aggregation of LoRA is about products: with p_k = n_k / sum_j n_j over the accepted clients, the ideal update of a matrix is
+sum_k p_k s B_k A_k, and each strategy says how near it comes (`products.py` computes it from factors).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from fedpeft.lookup import Settings
-from fedpeft.records import Arrays, Update
+from fedpeft.records import Arrays, Layout, Metrics, Update
+
+
+@dataclass(frozen=True)
+class Round:
+    """What both sides know of a round."""
+
+    number: int  # from 1
+    total: int  # of the run
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What `combine` makes of a round: new values of some global tensors, and what the strategy has to say about them."""
+
+    arrays: Arrays
+    report: Metrics = field(default_factory=dict)
 
 
 class Strategy(Settings):
     """The interface of every strategy."""
 
+    def check(self, layout: Layout) -> None:
+        """Raises UserError when the strategy means nothing for adapters of this layout; any will do by default."""
+
     def start(self, arrays: Arrays) -> Arrays:
         """What the server remembers between rounds besides the global arrays; nothing by default."""
         return {}
 
-    def upload(self, trained: Sequence[str]) -> tuple[str, ...]:
-        """Names, out of the trained ones, of the tensors a client sends back; all by default."""
-        return tuple(sorted(trained))
+    def sends(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
+        """Names, out of all global tensors, of those a client is sent; all by default. Others are checked by their digest."""
+        return tuple(sorted(names))
+
+    def trains(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
+        """Names, out of the trainable tensors, of those a client trains in this round and sends back; all by default."""
+        return tuple(sorted(names))
 
     @abstractmethod
-    def combine(self, updates: Sequence[Update], received: Arrays) -> Arrays:
-        """Many updates, sorted by client, to one set of uploaded tensors. `received` is what the clients started from."""
+    def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
+        """Many updates, sorted by client, to one. `received` is the global state that the clients started from."""
 
     def apply(self, arrays: Arrays, combined: Arrays, state: Arrays) -> tuple[Arrays, Arrays]:
         """The next global arrays and server state; by default what was combined replaces what was there."""

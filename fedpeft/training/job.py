@@ -20,7 +20,8 @@ class Job:
 
     client: int
     round: int
-    start: Arrays  # what training starts from
+    start: Arrays  # what training starts from: every tensor of the adapter and head
+    names: tuple[str, ...]  # those that train
     data: Encoded
 
 

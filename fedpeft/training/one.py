@@ -36,7 +36,7 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
     started = time.perf_counter()
     training = config.training
     adapted.write(job.start)
-    parameters = [adapted.parameters[name] for name in adapted.trained]
+    parameters = adapted.train_only(job.names)
     optimizer = find("optimizer", training.optimizer)(parameters, training.learning_rate, training.weight_decay)
     schedule = find("schedule", training.lr_scheduler_type)
     steps = batches(config, job)
@@ -61,5 +61,5 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
             optimizer.step()
             losses.append(loss)
     optimizer.zero_grad()
-    arrays = {name: adapted.parameters[name].detach().to("cpu").numpy().copy() for name in adapted.trained}
+    arrays = {name: adapted.parameters[name].detach().to("cpu").numpy().copy() for name in job.names}
     return Trained(arrays, sum(losses) / len(losses), len(steps), time.perf_counter() - started)

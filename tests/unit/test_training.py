@@ -19,7 +19,7 @@ def build(settings, **training):
 
 
 def job_of(parts, client=0, round=1):
-    return Job(client, round, parts.adapted.read(), parts.worker.nodes[client].train)
+    return Job(client, round, parts.adapted.read(), parts.adapted.trained, parts.worker.nodes[client].train)
 
 
 def by_hand(parts, config, job, optimizer):
@@ -111,8 +111,7 @@ def test_learning_rate_follows_the_whole_run(tiny_settings):
     moved = []
     for round in (1, 3):
         job = job_of(parts, round=round)
-        data = Job(0, round, job.start, job.data)
-        (trained,) = one.train(parts.adapted, parts.task, config, [data])
+        (trained,) = one.train(parts.adapted, parts.task, config, [job])
         moved.append(max(np.abs(trained.arrays[name] - job.start[name]).max() for name in trained.arrays))
     assert moved[1] < moved[0], "3 rounds of 1 step: the last step has a third of the rate"
 
@@ -158,7 +157,7 @@ def test_a_client_that_breaks_is_a_failure_and_the_others_train(tiny_settings):
     config, parts = build(tiny_settings)
     jobs = [job_of(parts, client) for client in range(3)]
     far = [{**row, "input_ids": row["input_ids"] + 10**6} for row in jobs[1].data.inputs]  # token ids that no embedding has
-    jobs[1] = Job(1, 1, jobs[1].start, Encoded(far, jobs[1].data.labels, 3))
+    jobs[1] = Job(1, 1, jobs[1].start, jobs[1].names, Encoded(far, jobs[1].data.labels, 3))
     first, broken, last = one.train(parts.adapted, parts.task, config, jobs)
     assert isinstance(broken, Failure)
     assert broken.reason.startswith("training broke: ")

@@ -1,0 +1,51 @@
+"""What strategies share: the mean of uploads, the ideal update as a product of stacked factors, and the error against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedpeft.arrays import weighted_mean
+from fedpeft.errors import Problem, UserError
+from fedpeft.products import Product
+from fedpeft.records import Arrays, Layout, Metrics, Pair, Update
+
+
+def mean(updates: Sequence[Update]) -> Arrays:
+    """sum_k p_k x_k of every uploaded tensor, p_k = n_k / sum_j n_j."""
+    return weighted_mean(((update.examples, update.arrays) for update in updates), like=updates[0].arrays)
+
+
+def shares(updates: Sequence[Update]) -> list[float]:
+    """p_k, the weights of the updates, which add up to 1."""
+    total = sum(update.examples for update in updates)
+    return [update.examples / total for update in updates]
+
+
+def factors(update: Update, pair: Pair, received: Arrays) -> Product:
+    """s B_k A_k of one client; a factor that did not travel is the one it was sent."""
+    return Product.of(update.arrays.get(pair.B, received[pair.B]), update.arrays.get(pair.A, received[pair.A]), pair.s)
+
+
+def ideal(updates: Sequence[Update], pair: Pair, received: Arrays) -> Product:
+    """sum_k p_k s B_k A_k, of rank at most sum_k r_k, never formed."""
+    weighted = zip(shares(updates), updates, strict=True)
+    return Product.sum([factors(update, pair, received).scaled(p) for p, update in weighted]).compressed()
+
+
+def error(updates: Sequence[Update], arrays: Arrays, received: Arrays, layout: Layout) -> Metrics:
+    """{"aggregation_error": ||sum_k p_k s B_k A_k - s B A|| / ||sum_k p_k s B_k A_k||} over all adapted matrices together."""
+    off = size = 0.0
+    for pair in layout.pairs:
+        wanted = ideal(updates, pair, received)
+        got = Product.of(arrays.get(pair.B, received[pair.B]), arrays.get(pair.A, received[pair.A]), pair.s)
+        off += (got - wanted).norm() ** 2
+        size += wanted.norm() ** 2
+    return {"aggregation_error": float(np.sqrt(off / size))} if size > 0 else {}
+
+
+def needs_pairs(layout: Layout, strategy: str) -> None:
+    """Raises UserError when there are no LoRA factors for the strategy to work on."""
+    if not layout.pairs:
+        raise UserError(Problem("strategy.name", f"{strategy} works on LoRA factors, and the adapter has none", do="use adapter lora, or fedavg"))

@@ -1,0 +1,39 @@
+"""FFA-LoRA: A stays as it was drawn, equal everywhere; only B (and the head) trains and travels.
+
+    B <- sum_k p_k B_k,   so that   sum_k p_k s B_k A = s B A   exactly
+
+Half the bytes up, and half down: A follows from the run's seed, and each client's A is held to the server's by a digest.
+alpha and the learning rate are one setting: with SGD the trajectory of s B A is the same under (s, eta) -> (c s, eta / c^2).
+
+Paper: Sun et al. 2024 (arXiv:2403.12313), section 4. The paper's learning rates are about ten times those of LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedpeft.records import Arrays, Layout, Update
+from fedpeft.strategies import aggregation
+from fedpeft.strategies.strategy import Combined, Round, Strategy
+
+
+class FfaLora(Strategy):
+    """Freezes A: averages exactly, sends half, and under differential privacy adds no noise to a product of two noises."""
+
+    def check(self, layout: Layout) -> None:
+        """Needs LoRA factors."""
+        aggregation.needs_pairs(layout, "ffa_lora")
+
+    def sends(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
+        """All but A."""
+        frozen = {pair.A for pair in at.layout.pairs}
+        return tuple(sorted(set(names) - frozen))
+
+    def trains(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
+        """All but A."""
+        return self.sends(names, at)
+
+    def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
+        """The weighted mean of B and the head; exact, which the report shows."""
+        mean = aggregation.mean(updates)
+        return Combined(mean, aggregation.error(updates, mean, received, at.layout))

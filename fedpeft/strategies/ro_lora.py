@@ -1,0 +1,35 @@
+"""RoLoRA: B trains in odd rounds, A in even ones, so that every round averages exactly.
+
+    odd:  B <- sum_k p_k B_k, A as it was;   even:  A <- sum_k p_k A_k, B as it was
+
+The first round trains B: with B = 0 a gradient of A would be zero. Half the bytes up. Both factors travel down, so that a
+client that sat out the last round starts right; the head trains in every round.
+
+Paper: Chen et al. 2025 (arXiv:2502.01755), algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedpeft.records import Arrays, Layout, Update
+from fedpeft.strategies import aggregation
+from fedpeft.strategies.strategy import Combined, Round, Strategy
+
+
+class RoLora(Strategy):
+    """Alternates between the factors: expressive as LoRA over two rounds, exact as FFA-LoRA in each."""
+
+    def check(self, layout: Layout) -> None:
+        """Needs LoRA factors."""
+        aggregation.needs_pairs(layout, "ro_lora")
+
+    def trains(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
+        """The head and one of the factors."""
+        frozen = {pair.A if at.number % 2 else pair.B for pair in at.layout.pairs}
+        return tuple(sorted(set(names) - frozen))
+
+    def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
+        """The weighted mean of the factor that moved, and of the head."""
+        mean = aggregation.mean(updates)
+        return Combined(mean, aggregation.error(updates, mean, received, at.layout))
