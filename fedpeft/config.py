@@ -22,6 +22,10 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+Where = Callable[[yaml_file.Path], str]
+"""Says where a key was set: file and line, or the command line."""
+
+
 class Section(Settings):
     """A section of the config. `named` maps a key that holds a name to the table it is looked up in."""
 
@@ -48,6 +52,15 @@ class OpenSection(Section):
     def settings(self) -> dict[str, Any]:
         """The validated settings of what `name` names, defaults filled in."""
         return {key: getattr(self, key) for key in type(self).model_fields if key not in self.own_keys}
+
+    def check_together(self, key: str, where: Where, problems: Problems) -> None:
+        """What the named thing says of its settings as a whole, beyond each for itself."""
+        model = settings_of(find(self.named["name"], self.name, None, self.fallback))
+        try:
+            model.model_validate(self.settings)
+        except ValidationError as error:
+            for detail in error.errors():
+                _explain(detail, model, (key,), where, problems)
 
     def build(self, *arguments: Any) -> Any:
         """Call what `name` names with `arguments` and this section's settings."""
@@ -235,7 +248,11 @@ class Config(Settings):
         except ValidationError as error:
             for detail in error.errors():
                 if not (detail["loc"][0] in strangers and detail["type"] == "extra_forbidden"):
-                    _explain(detail, model, where, problems)
+                    _explain(detail, model, (), where, problems)
+        problems.raise_if_any()
+        for key, section in config:
+            if isinstance(section, OpenSection):
+                section.check_together(key, where, problems)
         problems.raise_if_any()
         return config
 
@@ -246,10 +263,6 @@ class Config(Settings):
     def to_yaml(self) -> str:
         """The same as text."""
         return yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True, width=120)
-
-
-Where = Callable[[yaml_file.Path], str]
-"""Says where a key was set: file and line, or the command line."""
 
 
 def _override(data: dict[str, Any], override: str, problems: Problems) -> yaml_file.Path:
@@ -274,9 +287,9 @@ def _override(data: dict[str, Any], override: str, problems: Problems) -> yaml_f
     return path
 
 
-def _explain(detail: ErrorDetails, model: type[BaseModel], where: Where, problems: Problems) -> None:
-    """One of pydantic's complaints as one line of ours."""
-    path = tuple(str(part) for part in detail["loc"])
+def _explain(detail: ErrorDetails, model: type[BaseModel], above_model: yaml_file.Path, where: Where, problems: Problems) -> None:
+    """One of pydantic's complaints about `model`, which stands at `above_model` in the config, as one line of ours."""
+    path = (*above_model, *(str(part) for part in detail["loc"]))
     if detail["type"] == "extra_forbidden":
         above: Any = model
         for part in path[:-1]:

@@ -56,7 +56,8 @@ class Worker:
     def _job(self, assignment: Assignment) -> Job:
         at = Round(assignment.round, self.config.strategy.num_rounds, self.layout)
         names = self.strategy.trains(self.adapted.trained, at)
-        return Job(assignment.client, assignment.round, {**self.drawn, **assignment.arrays}, names, self.nodes[assignment.client].train)
+        start = {**self.drawn, **assignment.arrays}
+        return Job(assignment.client, assignment.round, start, names, self.nodes[assignment.client].train, self.strategy.proximal(at))
 
     def _refused(self, assignment: Assignment) -> Failure | None:
         """What does not travel must be what the server has: the digest of the tensors this client holds is checked."""

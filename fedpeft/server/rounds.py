@@ -53,6 +53,11 @@ class Federation:
     roster: Callable[[], dict[int, int]]  # client -> Flower node, of those that are there
     survey: Survey | None = None
 
+    @property
+    def fewest(self) -> int:
+        """Fewest accepted updates for a round to count."""
+        return max(self.config.strategy.min_train_nodes, self.strategy.fewest)
+
     def at(self, round: int) -> Round:
         """What both sides know of a round."""
         return Round(round, self.config.strategy.num_rounds, self.layout)
@@ -87,10 +92,10 @@ def run(federation: Federation, grid: Grid, folder: RunFolder, screen: Screen) -
     else:
         screen.note(f"resuming after round {outcome.records[-1].round}")
     for round in range(outcome.records[-1].round + 1, federation.config.strategy.num_rounds + 1):
-        if _is_stuck(outcome, federation.config):
+        if _is_stuck(outcome, federation):
             break
         _finish_round(federation, outcome, _play(federation, grid, outcome, round), folder, screen)
-    if _is_stuck(outcome, federation.config):
+    if _is_stuck(outcome, federation):
         last = outcome.records[-1]
         reasons = "; ".join(f"{reason} ({count})" for reason, count in last.rejected.items()) or f"{last.asked} clients were asked"
         outcome.stopped_because = f"too few updates were accepted, last time in round {last.round}: {reasons}"
@@ -155,7 +160,7 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     uploaded = {name: federation.layout.tensors[name] for name in federation.strategy.trains(federation.trained, at)}
     judged = _judge(traffic, federation, uploaded, received)
     moved, said = 0.0, {}
-    if len(judged.accepted) >= settings.min_train_nodes:
+    if len(judged.accepted) >= federation.fewest:
         combined = federation.strategy.combine(judged.accepted, received, at)
         outcome.arrays, outcome.state = federation.strategy.apply(received, combined.arrays, outcome.state)
         said = combined.report
@@ -202,12 +207,13 @@ def _wait_for(federation: Federation) -> dict[int, int]:
     return roster
 
 
-def _is_stuck(outcome: Outcome, config: Config) -> bool:
+def _is_stuck(outcome: Outcome, federation: Federation) -> bool:
     """The last rounds, or all of a shorter run, had too few accepted updates to move anything."""
     trained = [record for record in outcome.records if record.round > 0]
-    recent = trained[-min(MAX_EMPTY_ROUNDS, config.strategy.num_rounds) :]
-    empty = [record for record in recent if record.accepted < config.strategy.min_train_nodes]
-    return len(empty) == min(MAX_EMPTY_ROUNDS, config.strategy.num_rounds)
+    num_rounds = federation.config.strategy.num_rounds
+    recent = trained[-min(MAX_EMPTY_ROUNDS, num_rounds) :]
+    empty = [record for record in recent if record.accepted < federation.fewest]
+    return len(empty) == min(MAX_EMPTY_ROUNDS, num_rounds)
 
 
 def _record(

@@ -19,6 +19,7 @@ from fedpeft.data.encoded import Encoded
 from fedpeft.data.partitions import Partition
 from fedpeft.errors import Problems
 from fedpeft.lookup import find
+from fedpeft.server import sampling
 from fedpeft.strategies.strategy import Strategy
 
 
@@ -71,13 +72,13 @@ def assemble(config: Config, check: Callable[[], None] | None = None) -> Parts:
             problems.add("data.max_length", f"{config.data.max_length} tokens are more than the model's {positions} positions", do="lower it")
     with problems.gather():
         base.choose_device(config.training)
+    strategy: Strategy = config.strategy.build()
     if split is not None:
-        _check_counts(config, len(split.partition.indices), problems)
+        _check_counts(config, strategy, len(split.partition.indices), problems)
     problems.raise_if_any()
     assert split is not None
     loaded = base.load(config.model, task, labels, config.training, config.seed)
     adapted = adapter.attach(loaded, task.peft_task, config.seed, train_head=config.training.head == "trained")
-    strategy: Strategy = config.strategy.build()
     strategy.check(adapted.layout())
     train = task.encode(split.corpus.train, loaded.tokenizer, config.data.max_length)
     nodes = {
@@ -89,8 +90,12 @@ def assemble(config: Config, check: Callable[[], None] | None = None) -> Parts:
     return Parts(split, adapted, strategy, task, worker, test, train.truncated, _digest([*(node.train for node in nodes.values()), test]))
 
 
-def _check_counts(config: Config, clients: int, problems: Problems) -> None:
+def _check_counts(config: Config, strategy: Strategy, clients: int, problems: Problems) -> None:
     """Numbers of clients that a round could never reach."""
+    asked = sampling.size(clients, config.strategy.fraction_train, config.strategy.min_train_nodes)
+    if asked < strategy.fewest:
+        got = f"{config.strategy.name} needs {strategy.fewest} updates a round, and {asked} of {clients} clients are asked"
+        problems.add("strategy.fraction_train", got, do="raise it, or partition.clients")
     for key in ("min_available_nodes", "min_train_nodes"):
         if (wanted := getattr(config.strategy, key)) > clients:
             problems.add(f"strategy.{key}", f"{wanted} is more than the {clients} clients there are", f"at most {clients}")

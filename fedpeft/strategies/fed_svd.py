@@ -11,6 +11,7 @@ Paper: Lee et al. 2025 (arXiv:2505.12805), algorithm 1. The published code forms
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -23,6 +24,9 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 
 class FedSvd(Strategy):
     """Trains B; the server turns A to the right singular vectors of the averaged update."""
+
+    exact: ClassVar[bool] = True
+    refactors: ClassVar[bool] = True
 
     svd_period: int = Field(1, ge=1, description="refactor after every so many rounds")
 

@@ -12,6 +12,7 @@ Papers: McMahan et al. 2017 (arXiv:1602.05629), algorithm 1; Zhang et al. 2023 (
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from fedpeft.records import Arrays, Update
 from fedpeft.strategies import aggregation
@@ -20,6 +21,8 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 
 class FedAvg(Strategy):
     """Weighted mean of the factors. Not the mean of the products B A: the two differ by the clients' cross-covariance."""
+
+    plain_mean: ClassVar[bool] = True
 
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
         """The n_k-weighted mean of every uploaded tensor, summed in float64 in the order of clients."""

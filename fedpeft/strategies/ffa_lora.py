@@ -11,6 +11,7 @@ Paper: Sun et al. 2024 (arXiv:2403.12313), section 4. The paper's learning rates
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from fedpeft.records import Arrays, Layout, Update
 from fedpeft.strategies import aggregation
@@ -19,6 +20,9 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 
 class FfaLora(Strategy):
     """Freezes A: averages exactly, sends half, and under differential privacy adds no noise to a product of two noises."""
+
+    plain_mean: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
 
     def check(self, layout: Layout) -> None:
         """Needs LoRA factors."""

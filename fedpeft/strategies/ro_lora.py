@@ -11,6 +11,7 @@ Paper: Chen et al. 2025 (arXiv:2502.01755), algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from fedpeft.records import Arrays, Layout, Update
 from fedpeft.strategies import aggregation
@@ -19,6 +20,9 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 
 class RoLora(Strategy):
     """Alternates between the factors: expressive as LoRA over two rounds, exact as FFA-LoRA in each."""
+
+    plain_mean: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
 
     def check(self, layout: Layout) -> None:
         """Needs LoRA factors."""

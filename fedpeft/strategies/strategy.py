@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from fedpeft.lookup import Settings
 from fedpeft.records import Arrays, Layout, Metrics, Update
@@ -39,7 +40,23 @@ class Combined:
 
 
 class Strategy(Settings):
-    """The interface of every strategy."""
+    """The interface of every strategy.
+
+    Three facts let strategies be combined, and refused where a combination means nothing.
+    """
+
+    plain_mean: ClassVar[bool] = False  # `combine` is the weighted mean of the uploads
+    exact: ClassVar[bool] = False  # the product it leaves is sum_k p_k s B_k A_k
+    refactors: ClassVar[bool] = False  # it changes the basis of the factors
+
+    @property
+    def fewest(self) -> int:
+        """Fewest accepted updates that `combine` can work with."""
+        return 1
+
+    def proximal(self, at: Round) -> float:
+        """mu of a proximal term in the clients' steps; 0: none."""
+        return 0.0
 
     def check(self, layout: Layout) -> None:
         """Raises UserError when the strategy means nothing for adapters of this layout; any will do by default."""

@@ -23,6 +23,7 @@ class Job:
     start: Arrays  # what training starts from: every tensor of the adapter and head
     names: tuple[str, ...]  # those that train
     data: Encoded
+    proximal: float = 0.0  # mu of the pull towards `start`
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The reference engine: one client at a time, stock Transformers and PEFT, written to be read.
 
-A step of client k:   L = mean over the records of the step's batches;   clip(grad L);   optimiser step
+A step of client k:   L = mean over the records of the step's batches;   g = clip(grad L) + mu (theta - theta_start);   optimiser
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
     steps = batches(config, job)
     before, total = (job.round - 1) * len(steps), config.strategy.num_rounds * len(steps)
     losses: list[float] = []
+    anchors = [parameter.detach().clone() for parameter in parameters] if job.proximal else []
     adapted.model.train()
     with seeds.torch_seed(seeds.derive(config.seed, "dropout", job.round, job.client), adapted.base.device):
         for step, parts in enumerate(steps):
@@ -58,6 +59,10 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
                 loss += float(share.detach())
             if training.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+            if job.proximal:
+                for parameter, anchor in zip(parameters, anchors, strict=True):
+                    assert parameter.grad is not None
+                    parameter.grad.add_(parameter.detach() - anchor, alpha=job.proximal)
             optimizer.step()
             losses.append(loss)
     optimizer.zero_grad()

@@ -19,11 +19,13 @@ from fedpeft.strategies import aggregation
 from fedpeft.strategies.fedavg import FedAvg
 from fedpeft.strategies.ffa_lora import FfaLora
 from fedpeft.strategies.lora_fair import LoraFair
+from fedpeft.strategies.over import Over
 from fedpeft.strategies.strategy import Combined, Round
 
 EXACT = {"ffa_lora", "ro_lora", "fed_svd"}
 CORRECTED = {"lora_fair", "fedavg"}
-STRATEGIES = sorted(TABLES["strategy"])
+WRAPPERS = sorted(name for name in TABLES["strategy"] if issubclass(find("strategy", name), Over))
+STRATEGIES = sorted(set(TABLES["strategy"]) - set(WRAPPERS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +218,8 @@ def test_exact_strategies_are_exact_in_float32(name, number, rslora):
 
 def test_every_strategy_is_exact_or_corrected():
     assert set(STRATEGIES) == EXACT | CORRECTED
+    for name in STRATEGIES:
+        assert find("strategy", name).exact == (name in EXACT)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
