@@ -18,7 +18,7 @@ LAYERS = [
     {"cli", "__main__", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-FLOWER = {"flower_private.py", "wire.py", "exchange.py", "rounds.py", "grid.py"}
+FLOWER = {"flower_strategy.py", "flower_private.py", "wire.py", "exchange.py", "rounds.py", "grid.py"}
 
 
 def modules():

@@ -48,4 +48,6 @@ def error(updates: Sequence[Update], arrays: Arrays, received: Arrays, layout: L
 def needs_pairs(layout: Layout, strategy: str) -> None:
     """Raises UserError when there are no LoRA factors for the strategy to work on."""
     if not layout.pairs:
-        raise UserError(Problem("strategy.name", f"{strategy} works on LoRA factors, and the adapter has none", do="use adapter lora, or fedavg"))
+        raise UserError(
+            Problem("strategy.name", f"{strategy} works on LoRA factors, and the adapter has none", do="use adapter lora, or fedavg")
+        )

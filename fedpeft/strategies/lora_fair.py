@@ -36,7 +36,9 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class LoraFair(Strategy):
     """Corrects the averaged B on the server; bytes and clients are those of FedAvg."""
 
-    solver: Literal["closed_form", "cosine"] = Field("closed_form", description="closed_form: ridge regression; cosine: the paper's objective")
+    solver: Literal["closed_form", "cosine"] = Field(
+        "closed_form", description="closed_form: ridge regression; cosine: the paper's objective"
+    )
     regularisation: float = Field(0.01, ge=0, description="the paper's lambda: how strongly dB is held at zero")
     max_steps: int = Field(1000, ge=1, description="most descent steps of the cosine solver")
 

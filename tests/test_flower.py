@@ -1,0 +1,144 @@
+"""Our strategies under Flower's own `Strategy.start`, with a plain Flower ClientApp; and the private names we touch are there."""
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedpeft import UserError, flower_private
+from fedpeft.strategies import flower
+
+A, B, HEAD = "layer.lora_A.weight", "layer.lora_B.weight", "head.weight"
+CLIENTS = 5
+
+
+def initial():
+    generator = np.random.default_rng(0)
+    return {A: generator.normal(size=(2, 6)), B: generator.normal(size=(4, 2)), HEAD: generator.normal(size=(3, 4))}
+
+
+def client_app(behave=lambda node, arrays: arrays):
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        node = context.node_id
+        generator = np.random.default_rng([node, message.content["config"]["server-round"]])
+        own = initial() | {name: array.numpy() for name, array in message.content["arrays"].items()}
+        trained = {name: own[name] + 0.1 * generator.normal(size=own[name].shape) for name in message.content["config"]["trains"]}
+        arrays = ArrayRecord({name: Array(array) for name, array in behave(node, trained).items()})
+        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 10 * node})}), reply_to=message)
+
+    return app
+
+
+class AppGrid(Grid):
+    """A Flower ClientApp in this process."""
+
+    def __init__(self, app):
+        flower_private.take_identity(1)
+        self.app, self.replies, self.run_, self.sent = app, {}, None, []
+
+    def get_node_ids(self):
+        return list(range(1, CLIENTS + 1))
+
+    def push_messages(self, messages):
+        ids = []
+        for message in map(flower_private.stamp, messages):
+            self.sent.append(message)
+            arrived = flower_private.from_bytes(flower_private.to_bytes(message))
+            context = Context(run_id=1, node_id=message.metadata.dst_node_id, node_config={}, state=RecordDict(), run_config={})
+            self.replies[message.metadata.message_id] = flower_private.stamp(self.app(message=arrived, context=context))
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids):
+        return [self.replies.pop(i) for i in list(message_ids) if i in self.replies]
+
+    def send_and_receive(self, messages, *, timeout=None):
+        return self.pull_messages(self.push_messages(messages))
+
+    def create_message(self, *arguments):
+        raise AssertionError("deprecated in Flower, and not used by it")
+
+    def set_run(self, run):
+        self.run_ = run
+
+    @property
+    def run(self):
+        return self.run_
+
+
+def play(strategy, app=None, num_rounds=2):
+    grid = AppGrid(app or client_app())
+    result = strategy.start(grid, ArrayRecord({name: Array(array) for name, array in initial().items()}), num_rounds=num_rounds)
+    return {name: array.numpy() for name, array in result.arrays.items()}, result, grid
+
+
+NAMES = {"fedavg": {}, "ffa_lora": {}, "lora_fair": {"regularisation": 0.0}, "ro_lora": {}, "fed_svd": {}, "fedadam": {"over": "ffa_lora"}}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_strategy_runs_under_flowers_own_start(name):
+    strategy = flower(name, **NAMES[name])
+    assert isinstance(strategy, Strategy)
+    arrays, result, _ = play(strategy)
+    before = initial()
+    assert arrays.keys() == before.keys()
+    assert any(not np.array_equal(arrays[key], before[key]) for key in arrays)
+    assert "aggregation_error" in result.train_metrics_clientapp[2]
+
+
+def test_the_mean_is_weighted_by_examples():
+    arrays, _, _ = play(flower("fedavg"), num_rounds=1)
+    trained = []
+    for node in range(1, CLIENTS + 1):
+        generator = np.random.default_rng([node, 1])
+        own = initial()
+        trained.append((10 * node, {name: own[name] + 0.1 * generator.normal(size=own[name].shape) for name in sorted(own)}))
+    for name in arrays:
+        np.testing.assert_allclose(arrays[name], sum(n * client[name] for n, client in trained) / sum(n for n, _ in trained), atol=1e-12)
+
+
+def test_ffa_sends_no_A_and_leaves_it_alone():
+    arrays, _, grid = play(flower("ffa_lora"))
+    assert np.array_equal(arrays[A], initial()[A])
+    assert all(A not in message.content["arrays"] for message in grid.sent)
+
+
+def test_fedsvd_leaves_orthonormal_rows():
+    arrays, result, _ = play(flower("fed_svd"))
+    np.testing.assert_allclose(arrays[A] @ arrays[A].T, np.eye(2), atol=1e-12)
+    assert result.train_metrics_clientapp[1]["aggregation_error"] < 1e-12
+
+
+def test_one_bad_client_is_left_out():
+    spoil = client_app(lambda node, arrays: {name: array * np.nan for name, array in arrays.items()} if node == 3 else arrays)
+    arrays, _, _ = play(flower("fedavg"), spoil)
+    assert all(np.isfinite(array).all() for array in arrays.values())
+    short = client_app(lambda node, arrays: {name: array for name, array in arrays.items() if node != 3 or name != HEAD})
+    kept, _, _ = play(flower("fedavg"), short)
+    for name in arrays:
+        np.testing.assert_allclose(kept[name], arrays[name])
+
+
+def test_an_unknown_name_is_one_line():
+    with pytest.raises(UserError, match='did you mean "lora_fair"'):
+        flower("lorafair")
+
+
+def test_an_adapter_without_factors_is_refused_where_factors_are_needed():
+    strategy = flower("ffa_lora")
+    with pytest.raises(UserError, match="works on LoRA factors"):
+        strategy.start(AppGrid(client_app()), ArrayRecord({HEAD: Array(np.ones((2, 2)))}), num_rounds=1)
+
+
+def test_private_names_of_flower_are_where_we_think():
+    flower_private.take_identity(7)
+    message = flower_private.stamp(Message(RecordDict({"config": ConfigRecord({"x": 1})}), dst_node_id=3, message_type="train"))
+    assert message.metadata.run_id == 7
+    again = flower_private.from_bytes(flower_private.to_bytes(message))
+    assert again.metadata.message_id == message.metadata.message_id != ""
+    assert again.content["config"]["x"] == 1
