@@ -59,7 +59,7 @@ def measure(path: str | None, overrides: list[str], seed: int, central_rate: flo
         parts = assemble(config)
     budget = sum(local_steps(config, len(node.train)) for node in parts.worker.nodes.values())
     steps = round(budget * config.strategy.fraction_train * config.strategy.num_rounds)
-    central = ["partition.name=iid", "partition.clients=1", "strategy.num_rounds=1", f"training.max_steps={steps}"]
+    central = ["partition={name: iid, clients: 1}", "strategy.num_rounds=1", "strategy.fraction_train=1.0", f"training.max_steps={steps}"]
     row = {"majority class": float(np.bincount(parts.test.labels).max() / len(parts.test)), "frozen probe": probe(parts)}
     started = time.perf_counter()
     federated = run([*overrides, f"seed={seed}"], path)

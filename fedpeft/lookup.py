@@ -24,6 +24,7 @@ TABLES: dict[str, dict[str, str]] = {
         "fedavg": "fedpeft.strategies.fedavg:FedAvg",
         "ffa_lora": "fedpeft.strategies.ffa_lora:FfaLora",
         "lora_fair": "fedpeft.strategies.lora_fair:LoraFair",
+        "flora_na": "fedpeft.strategies.flora_na:FloraNa",
         "ro_lora": "fedpeft.strategies.ro_lora:RoLora",
         "fed_svd": "fedpeft.strategies.fed_svd:FedSvd",
         "fedprox": "fedpeft.strategies.fedprox:FedProx",

@@ -18,7 +18,7 @@ def run(settings, name, out, **own):
     return result, [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ["fedavg", "ffa_lora", "lora_fair", "ro_lora", "fed_svd"])
+@pytest.mark.parametrize("name", ["fedavg", "ffa_lora", "lora_fair", "flora_na", "ro_lora", "fed_svd"])
 def test_a_strategy_runs_and_says_its_error(name, tiny_settings, tmp_path):
     result, lines = run(tiny_settings, name, tmp_path / "run")
     assert result.summary["rejected_updates"] == 0

@@ -23,7 +23,7 @@ from fedpeft.strategies.over import Over
 from fedpeft.strategies.strategy import Combined, Round
 
 EXACT = {"ffa_lora", "ro_lora", "fed_svd"}
-CORRECTED = {"lora_fair", "fedavg"}
+CORRECTED = {"lora_fair", "fedavg", "flora_na"}
 WRAPPERS = sorted(name for name in TABLES["strategy"] if issubclass(find("strategy", name), Over))
 STRATEGIES = sorted(set(TABLES["strategy"]) - set(WRAPPERS))
 
@@ -362,6 +362,39 @@ def test_the_gradient_of_the_cosine_objective_is_that_of_torch():
     loss.backward()
     assert value == pytest.approx(loss.item(), rel=1e-10)
     np.testing.assert_allclose(gradient, x.grad.numpy(), atol=1e-10)
+
+
+# --- FLoRA-NA --------------------------------------------------------------------------------------------------------
+
+
+@given(case=cases)
+@settings(max_examples=25, deadline=None)
+def test_scalars_never_lose_to_the_mean(case):
+    best, plain = errors(case, build("flora_na"), FedAvg())
+    assert best <= plain + 1e-9
+
+
+def test_scalars_are_a_minimum():
+    """No small change of any u or v, tried densely, lowers the error of a layer."""
+    case = draw_case(12, clients=3, spread=3.0)
+    pair = case.layout.pairs[0]
+    A = np.stack([tensors[pair.A] for tensors in case.full])
+    B = np.stack([tensors[pair.B] for tensors in case.full])
+    p = np.array(case.counts) / sum(case.counts)
+    ideal = np.einsum("k,kdr,kre->de", p, B, A)
+    strategy = build("flora_na", max_steps=500)
+    u, v = strategy._scalars(A, B, p)
+
+    def off(u, v):
+        return ((ideal - np.tensordot(v, B, axes=1) @ np.tensordot(u, A, axes=1)) ** 2).sum()
+
+    least = off(u, v)
+    assert least < off(p, p)
+    for k in range(3):
+        for change in (-1e-3, 1e-3):
+            nudge = change * np.eye(3)[k]
+            assert off(u + nudge, v) >= least - 1e-12
+            assert off(u, v + nudge) >= least - 1e-12
 
 
 # --- FedSVD ----------------------------------------------------------------------------------------------------------
