@@ -39,6 +39,25 @@ class Pair:
     s: float  # PEFT's own `scaling`: alpha / r, or alpha / sqrt(r) with rsLoRA
 
 
+MERGED = "merged."
+"""Start of the names of what a strategy has merged into the backbone: merged.ROUND.MODULE.left [d_out, R] and .right [R, d_in]."""
+
+
+def merge_names(round: int, module: str) -> tuple[str, str]:
+    """Names of the two factors that `round` adds to the weight of `module`."""
+    return f"{MERGED}{round:05d}.{module}.left", f"{MERGED}{round:05d}.{module}.right"
+
+
+def merged_round(name: str) -> int:
+    """The round that added a merged factor; -1 for a tensor that is none."""
+    return int(name.removeprefix(MERGED).partition(".")[0]) if name.startswith(MERGED) else -1
+
+
+def merged_module(name: str) -> str:
+    """The module that a merged factor belongs to."""
+    return name.removeprefix(MERGED).partition(".")[2].rpartition(".")[0]
+
+
 @dataclass(frozen=True)
 class Layout:
     """What the global adapter looks like; names are those of PEFT's adapter_model.safetensors."""

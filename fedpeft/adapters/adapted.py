@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedpeft.adapters.backbone import Backbone, as_higher_rank
 from fedpeft.errors import Problem, UserError
-from fedpeft.records import Arrays, Layout, Pair
+from fedpeft.records import MERGED, Arrays, Layout, Pair
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,7 @@ class Adapted:
         self.trained = tuple(name for name, parameter in self.parameters.items() if parameter.requires_grad)
         for wrapper in self._head_wrappers():
             wrapper.register_forward_pre_hook(_as_float32)
+        self.backbone = Backbone(model, base.device)
 
     @property
     def trainable_parameters(self) -> int:
@@ -80,12 +82,14 @@ class Adapted:
         return {name: parameter.detach().to("cpu").numpy().copy() for name, parameter in self.parameters.items()}
 
     def write(self, arrays: Arrays) -> None:
-        """Set the tensors named in `arrays`; others keep their values."""
+        """Set the tensors named in `arrays`, and the backbone to what they merge into it; other tensors keep their values."""
         import torch
 
+        self.backbone.set({name: array for name, array in arrays.items() if name.startswith(MERGED)})
         with torch.no_grad():
             for name, array in arrays.items():
-                self.parameters[name].copy_(torch.from_numpy(np.array(array)))
+                if not name.startswith(MERGED):
+                    self.parameters[name].copy_(torch.from_numpy(np.array(array)))
 
     def train_only(self, names: Collection[str]) -> list[torch.nn.Parameter]:
         """Give gradients to these tensors and to no others; the parameters, in the order of `names`."""
@@ -104,8 +108,13 @@ class Adapted:
         return layers[-1]
 
     def save(self, folder: pathlib.Path) -> None:
-        """Write a plain PEFT folder: `PeftModel.from_pretrained(base, folder)` gives this model."""
+        """Write a plain PEFT folder: `PeftModel.from_pretrained(base, folder)` gives this model.
+
+        What was merged into the backbone becomes part of the adapter, which is then one exact LoRA of a higher rank.
+        """
         self.model.save_pretrained(str(folder))
+        if self.backbone.products:
+            as_higher_rank(folder, self.layout(), self.backbone.products)
         self.base.tokenizer.save_pretrained(str(folder))
 
     def _head_wrappers(self) -> list[Any]:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 VERSIONED = ("fedpeft", "flwr", "torch", "transformers", "peft", "numpy")
 
 
-def end(federation: Federation, outcome: Outcome, adapted: Adapted, corpus: Corpus, partition: Partition, folder: RunFolder) -> dict[str, Any]:
+def end(
+    federation: Federation, outcome: Outcome, adapted: Adapted, corpus: Corpus, partition: Partition, folder: RunFolder
+) -> dict[str, Any]:
     """Write adapter, summary, pictures and report; the summary."""
     adapted.write(outcome.arrays)
     adapted.save(folder.adapter)

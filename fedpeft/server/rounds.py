@@ -6,6 +6,7 @@ Before round 1 the clients may be surveyed (`training.head_init`), and the model
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from fedpeft import arrays as arithmetic
 from fedpeft import wire
 from fedpeft.config import Config
 from fedpeft.errors import Problem, RunStopped, UserError
-from fedpeft.records import Arrays, Assignment, Failure, Layout, Metrics, RoundRecord, TensorSpec, Update
+from fedpeft.records import Arrays, Assignment, Failure, Layout, Metrics, RoundRecord, TensorSpec, Update, merged_round
 from fedpeft.screen import Screen
 from fedpeft.server import checkpoint, sampling, validation
 from fedpeft.server.exchange import Exchange, exchange
@@ -60,7 +61,7 @@ class Federation:
 
     def at(self, round: int) -> Round:
         """What both sides know of a round."""
-        return Round(round, self.config.strategy.num_rounds, self.layout)
+        return Round(round, self.config.strategy.num_rounds, self.layout, self.config.seed)
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Outcome:
     state: Arrays
     records: list[RoundRecord] = field(default_factory=list)
     stopped_because: str = FINISHED
+    seen: dict[int, int] = field(default_factory=dict)  # client -> round up to which it holds what was merged into the backbone
 
 
 @dataclass
@@ -109,10 +111,14 @@ def _resumed(federation: Federation, folder: RunFolder) -> Outcome | None:
         return None
     for what, then, now in (("base model", kept.base, federation.base), ("data", kept.data, federation.data)):
         if then != now:
-            raise UserError(Problem("--resume", f"the run was started with another {what} (fingerprint {then}, now {now})", do="start a new run"))
+            raise UserError(
+                Problem("--resume", f"the run was started with another {what} (fingerprint {then}, now {now})", do="start a new run")
+            )
     records = folder.records(up_to=kept.round)
     if [record.round for record in records] != list(range(kept.round + 1)):
-        raise UserError(Problem("--resume", f"{folder.rounds} has lost rounds: {len(records)} of {kept.round + 1} are there", do="start a new run"))
+        raise UserError(
+            Problem("--resume", f"{folder.rounds} has lost rounds: {len(records)} of {kept.round + 1} are there", do="start a new run")
+        )
     return Outcome(kept.arrays, kept.strategy, records)
 
 
@@ -134,7 +140,7 @@ def _before_training(federation: Federation, grid: Grid, outcome: Outcome) -> Ro
     traffic, judged = Exchange([], 0, 0), _Judged()
     if federation.survey is not None:
         roster = _wait_for(federation)
-        asked = _assignments(federation, federation.survey.action, sorted(roster), outcome.arrays, federation.at(0))
+        asked = _assignments(federation, federation.survey.action, sorted(roster), outcome, federation.at(0))
         traffic = exchange(grid, asked, roster, federation.base, federation.config.strategy.round_timeout)
         judged = _judge(traffic, federation, federation.survey.expects)
         if not judged.accepted:
@@ -154,30 +160,35 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     roster = _wait_for(federation)
     clients = sampling.choose(list(roster), settings.fraction_train, settings.min_train_nodes, federation.config.seed, round)
     received, at = outcome.arrays, federation.at(round)
-    asked = _assignments(federation, wire.TRAIN, clients, received, at)
+    asked = _assignments(federation, wire.TRAIN, clients, outcome, at)
     traffic = exchange(grid, asked, roster, federation.base, settings.round_timeout)
     times.append(time.perf_counter())
     uploaded = {name: federation.layout.tensors[name] for name in federation.strategy.trains(federation.trained, at)}
     judged = _judge(traffic, federation, uploaded, received)
+    outcome.seen |= {update.client: round - 1 for update in judged.accepted}
     moved, said = 0.0, {}
     if len(judged.accepted) >= federation.fewest:
         combined = federation.strategy.combine(judged.accepted, received, at)
         outcome.arrays, outcome.state = federation.strategy.apply(received, combined.arrays, outcome.state)
         said = combined.report
-        moved = arithmetic.norm(arithmetic.difference(outcome.arrays, received))
+        moved = arithmetic.norm(arithmetic.difference({name: outcome.arrays[name] for name in received}, received))
     times.append(time.perf_counter())
     metrics = federation.evaluate(outcome.arrays) if moved else outcome.records[-1].metrics
     times.append(time.perf_counter())
-    seconds = dict(zip(("exchange", "combine", "evaluate"), (end - start for start, end in zip(times, times[1:], strict=False)), strict=True))
+    spent = [end - start for start, end in itertools.pairwise(times)]
+    seconds = dict(zip(("exchange", "combine", "evaluate"), spent, strict=True))
     return _record(round, traffic, judged, metrics, moved, seconds, said)
 
 
-def _assignments(federation: Federation, action: str, clients: Sequence[int], arrays: Arrays, at: Round) -> list[Assignment]:
-    """The same for every client: what the strategy sends, and the digest of what it need not send."""
-    sent = federation.strategy.sends(tuple(arrays), at)
-    held = {name: array for name, array in arrays.items() if name not in sent}
-    digest = arithmetic.digest(held) if held else ""
-    return [Assignment(action, at.number, client, {name: arrays[name] for name in sent}, digest) for client in clients]
+def _assignments(federation: Federation, action: str, clients: Sequence[int], outcome: Outcome, at: Round) -> list[Assignment]:
+    """What the strategy sends, with the merges that a client has not seen, and the digest of what it holds already."""
+    plain = federation.strategy.sends([name for name in outcome.arrays if merged_round(name) < 0], at)
+    made: dict[int, tuple[Arrays, str]] = {}
+    for seen in {outcome.seen.get(client, -1) for client in clients}:
+        sent = {name: array for name, array in outcome.arrays.items() if name in plain or merged_round(name) > seen}
+        held = {name: array for name, array in outcome.arrays.items() if name not in sent}
+        made[seen] = sent, arithmetic.digest(held) if held else ""
+    return [Assignment(action, at.number, client, *made[outcome.seen.get(client, -1)]) for client in clients]
 
 
 def _judge(traffic: Exchange, federation: Federation, specs: Mapping[str, TensorSpec], received: Arrays | None = None) -> _Judged:
@@ -202,7 +213,8 @@ def _wait_for(federation: Federation) -> dict[int, int]:
     ends = time.monotonic() + settings.round_timeout
     while len(roster := federation.roster()) < settings.min_available_nodes:
         if time.monotonic() > ends:
-            raise RunStopped(f"{len(roster)} clients after {settings.round_timeout:.0f} s, strategy.min_available_nodes is {settings.min_available_nodes}")
+            waited, wanted = f"{settings.round_timeout:.0f} s", settings.min_available_nodes
+            raise RunStopped(f"{len(roster)} clients after {waited}, strategy.min_available_nodes is {wanted}")
         time.sleep(0.2)
     return roster
 

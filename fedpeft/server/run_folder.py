@@ -48,7 +48,9 @@ class RunFolder:
     def check_free(self) -> None:
         """Raises UserError when something is there already, or nothing can be made there."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            raise UserError(Problem("--out", f"{self.path} is there and not empty", do="name another folder, or continue that run with --resume"))
+            raise UserError(
+                Problem("--out", f"{self.path} is there and not empty", do="name another folder, or continue that run with --resume")
+            )
         above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise UserError(Problem("--out", f"{self.path} cannot be made ({above} is no folder that can be written to)"))
@@ -62,7 +64,9 @@ class RunFolder:
     def reopen(self, config: Config) -> None:
         """Check that `config` is the one the run was started with. Raises UserError naming the first key that differs."""
         if not self.config.is_file():
-            raise UserError(Problem("--resume", f"{self.path} holds no run (there is no config.yaml)", do="give the folder of a run with --out"))
+            raise UserError(
+                Problem("--resume", f"{self.path} holds no run (there is no config.yaml)", do="give the folder of a run with --out")
+            )
         then, now = Config.load(self.config).as_dict(), config.as_dict()
         changed = [f"{section}.{key}" if key else section for section, key in _differences(then, now)]
         if changed:

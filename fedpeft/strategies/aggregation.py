@@ -35,11 +35,13 @@ def ideal(updates: Sequence[Update], pair: Pair, received: Arrays) -> Product:
 
 
 def error(updates: Sequence[Update], arrays: Arrays, received: Arrays, layout: Layout) -> Metrics:
-    """{"aggregation_error": ||sum_k p_k s B_k A_k - s B A|| / ||sum_k p_k s B_k A_k||} over all adapted matrices together."""
+    """{"aggregation_error": ||sum_k p_k s B_k A_k - s B A - merged|| / ||sum_k p_k s B_k A_k||} over all adapted matrices."""
     off = size = 0.0
     for pair in layout.pairs:
         wanted = ideal(updates, pair, received)
         got = Product.of(arrays.get(pair.B, received[pair.B]), arrays.get(pair.A, received[pair.A]), pair.s)
+        for left in (name for name in arrays if name.endswith(f".{pair.module}.left")):
+            got = Product.sum([got, Product.of(arrays[left], arrays[left.removesuffix("left") + "right"])])
         off += (got - wanted).norm() ** 2
         size += wanted.norm() ** 2
     return {"aggregation_error": float(np.sqrt(off / size))} if size > 0 else {}

@@ -29,6 +29,7 @@ class Round:
     number: int  # from 1
     total: int  # of the run
     layout: Layout
+    seed: int = 0  # of the run
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Strategy(Settings):
 
     plain_mean: ClassVar[bool] = False  # `combine` is the weighted mean of the uploads
     exact: ClassVar[bool] = False  # the product it leaves is sum_k p_k s B_k A_k
-    refactors: ClassVar[bool] = False  # it changes the basis of the factors
+    refactors: ClassVar[bool] = False  # it changes the basis of the factors, or moves part of the update elsewhere
 
     @property
     def fewest(self) -> int:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedpeft import UserError, arrays
 from fedpeft.lookup import TABLES, find
 from fedpeft.products import Product
-from fedpeft.records import Layout, Pair, TensorSpec, Update
+from fedpeft.records import MERGED, Layout, Pair, TensorSpec, Update
 from fedpeft.strategies import aggregation
 from fedpeft.strategies.fedavg import FedAvg
 from fedpeft.strategies.ffa_lora import FfaLora
@@ -22,8 +22,8 @@ from fedpeft.strategies.lora_fair import LoraFair
 from fedpeft.strategies.over import Over
 from fedpeft.strategies.strategy import Combined, Round
 
-EXACT = {"ffa_lora", "ro_lora", "fed_svd"}
-CORRECTED = {"lora_fair", "fedavg", "flora_na"}
+EXACT = {"ffa_lora", "ro_lora", "fed_svd", "flora", "fedex_lora"}
+CORRECTED = {"lora_fair", "fedavg", "flora_na", "flex_lora"}
 WRAPPERS = sorted(name for name in TABLES["strategy"] if issubclass(find("strategy", name), Over))
 STRATEGIES = sorted(set(TABLES["strategy"]) - set(WRAPPERS))
 
@@ -89,7 +89,14 @@ def draw_case(seed, clients=3, d_out=7, d_in=5, r=2, rslora=False, dtype=np.floa
 
 
 def product(tensors, pair):
-    return pair.s * tensors[pair.B].astype(float) @ tensors[pair.A].astype(float)
+    """The whole update of a matrix: s B A, and what was merged into the backbone."""
+    merged = [name for name in tensors if name.startswith(MERGED) and name.endswith(f".{pair.module}.left")]
+    backbone = sum(tensors[name].astype(float) @ tensors[name.removesuffix("left") + "right"].astype(float) for name in merged)
+    return pair.s * tensors[pair.B].astype(float) @ tensors[pair.A].astype(float) + backbone
+
+
+def unmerged(tensors):
+    return {name: array for name, array in tensors.items() if not name.startswith(MERGED)}
 
 
 def relative(got, wanted):
@@ -169,12 +176,12 @@ def frozen_tensors_stay_bit_identical_and_off_the_wire(strategy, case):
     after, _ = case.step(strategy)
     for name in names - sent:
         assert np.array_equal(after[name], case.received[name])
-    assert after.keys() == case.received.keys()
+    assert unmerged(after).keys() == case.received.keys()
 
 
 def shapes_and_dtypes_are_kept(strategy, case):
     after, _ = case.step(strategy)
-    assert Layout.specs(after) == dict(sorted(case.layout.tensors.items()))
+    assert Layout.specs(unmerged(after)) == dict(sorted(case.layout.tensors.items()))
 
 
 PROPERTIES = [
@@ -395,6 +402,46 @@ def test_scalars_are_a_minimum():
             nudge = change * np.eye(3)[k]
             assert off(u + nudge, v) >= least - 1e-12
             assert off(u, v + nudge) >= least - 1e-12
+
+
+# --- FLoRA, FedEx-LoRA, FlexLoRA -------------------------------------------------------------------------------------
+
+
+def test_a_stack_has_the_rank_of_all_clients_and_factors_start_afresh():
+    case = draw_case(13, clients=3, d_out=12, d_in=11)
+    after, _ = case.step(build("flora"))
+    for pair in case.layout.pairs:
+        (left,) = [name for name in after if name.endswith(f".{pair.module}.left")]
+        assert after[left].shape[1] == 3 * 2
+        assert not after[pair.B].any()
+        assert 0 < np.abs(after[pair.A]).max() <= 1 / np.sqrt(after[pair.A].shape[1])
+    again, _ = case.step(build("flora"))
+    later, _ = dataclasses.replace(case, number=2).step(build("flora"))
+    assert np.array_equal(again["x.lora_A.weight"], after["x.lora_A.weight"])
+    assert not np.array_equal(later["x.lora_A.weight"], after["x.lora_A.weight"])
+
+
+def test_the_residual_has_a_rank_less_by_one_client():
+    case = draw_case(14, clients=4, d_out=12, d_in=11)
+    after, _ = case.step(build("fedex_lora"))
+    plain, _ = case.step(FedAvg())
+    for pair in case.layout.pairs:
+        (left,) = [name for name in after if name.endswith(f".{pair.module}.left")]
+        assert after[left].shape[1] == 3 * 2
+        np.testing.assert_array_equal(after[pair.A], plain[pair.A])
+
+
+@given(case=cases)
+@settings(max_examples=25, deadline=None)
+def test_flexlora_is_the_best_of_its_rank(case):
+    after, _ = case.step(build("flex_lora"))
+    for pair in case.layout.pairs:
+        wanted = case.ideal(FedAvg(), pair)
+        s = np.linalg.svd(wanted, compute_uv=False)
+        r = len(case.received[pair.A])
+        best = np.sqrt((s[r:] ** 2).sum())
+        assert np.linalg.norm(product(after, pair) - wanted) <= best + 1e-8 * max(1.0, s[0])
+        assert np.linalg.norm(after[pair.A]) == pytest.approx(np.linalg.norm(after[pair.B]), rel=1e-6), "an even split"
 
 
 # --- FedSVD ----------------------------------------------------------------------------------------------------------
