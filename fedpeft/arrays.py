@@ -49,7 +49,7 @@ def digest(arrays: Arrays) -> str:
     """sha256 over names, dtypes, shapes and bytes: equal digests mean bit-identical arrays."""
     sha = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.asarray(arrays[name], order="C")
         sha.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
         sha.update(array.tobytes())
     return sha.hexdigest()

@@ -24,6 +24,7 @@ TABLES: dict[str, dict[str, str]] = {
         "fedavg": "fedpeft.strategies.fedavg:FedAvg",
         "ffa_lora": "fedpeft.strategies.ffa_lora:FfaLora",
         "lora_fair": "fedpeft.strategies.lora_fair:LoraFair",
+        "fedsmooth_lora": "fedpeft.strategies.fedsmooth_lora:FedSmoothLora",
         "flora_na": "fedpeft.strategies.flora_na:FloraNa",
         "flora": "fedpeft.strategies.flora:Flora",
         "fedex_lora": "fedpeft.strategies.fedex_lora:FedexLora",

@@ -18,7 +18,9 @@ def run(settings, name, out, **own):
     return result, [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ["fedavg", "ffa_lora", "lora_fair", "flora_na", "ro_lora", "fed_svd", "flora", "fedex_lora", "flex_lora"])
+@pytest.mark.parametrize(
+    "name", ["fedavg", "ffa_lora", "lora_fair", "flora_na", "ro_lora", "fed_svd", "flora", "fedex_lora", "flex_lora", "fedsmooth_lora"]
+)
 def test_a_strategy_runs_and_says_its_error(name, tiny_settings, tmp_path):
     result, lines = run(tiny_settings, name, tmp_path / "run")
     assert result.summary["rejected_updates"] == 0
@@ -86,7 +88,7 @@ def test_the_A_of_fed_svd_comes_from_the_server_with_orthonormal_rows(tiny_setti
             np.testing.assert_allclose(array @ array.T, np.eye(len(array)), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["flora", "fedex_lora"])
+@pytest.mark.parametrize("name", ["flora", "fedex_lora", "fedsmooth_lora"])
 def test_what_was_merged_is_in_the_adapter_that_peft_reloads(name, tiny_settings, tiny_bert, tmp_path):
     """Partial participation, so that clients come back after rounds they missed; the exported LoRA is of a higher rank."""
     import torch
@@ -112,7 +114,7 @@ def test_what_was_merged_is_in_the_adapter_that_peft_reloads(name, tiny_settings
     assert np.abs(evaluate.logits(parts.adapted, parts.test, 8) - ours).max() > 1e-4, "the backbone matters"
 
 
-@pytest.mark.parametrize("name", ["flora", "fedex_lora"])
+@pytest.mark.parametrize("name", ["flora", "fedex_lora", "fedsmooth_lora"])
 def test_merges_travel_once_to_each_client(name, tiny_settings, tmp_path):
     settings = {**tiny_settings, "partition": {"name": "iid", "clients": 4}}
     _, lines = run(settings, name, tmp_path / "run", num_rounds=5)
@@ -120,7 +122,7 @@ def test_merges_travel_once_to_each_client(name, tiny_settings, tmp_path):
     assert max(down) - min(down) < 0.05 * max(down), "not growing with the rounds"
 
 
-@pytest.mark.parametrize("name", ["flora", "fedex_lora"])
+@pytest.mark.parametrize("name", ["flora", "fedex_lora", "fedsmooth_lora"])
 def test_a_killed_run_that_merges_resumes_to_the_same_bits(name, tiny_settings, tmp_path):
     import shutil
 

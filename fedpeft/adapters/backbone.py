@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedpeft.arrays import digest
 from fedpeft.products import Product
 from fedpeft.records import Arrays, Layout, merged_module
 
@@ -27,8 +28,7 @@ class Backbone:
     def __init__(self, model: Any, device: str) -> None:
         self.device = device
         self.products: dict[str, Product] = {}
-        self._names: tuple[str, ...] = ()
-        self._factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._set_to = digest({})
         self._modules = dict(model.named_modules())
         self._hooks: list[Any] = []
 
@@ -36,11 +36,11 @@ class Backbone:
         """Let the backbone be the base plus exactly these factors (`records.merge_names`). The same again costs nothing."""
         import torch
 
-        if tuple(sorted(merged)) == self._names:
+        if (wanted := digest(merged)) == self._set_to:
             return
-        self._names = tuple(sorted(merged))
+        self._set_to = wanted
         found: dict[str, list[Product]] = {}
-        for left in (name for name in self._names if name.endswith(".left")):
+        for left in (name for name in sorted(merged) if name.endswith(".left")):
             found.setdefault(merged_module(left), []).append(Product.of(merged[left], merged[left.removesuffix("left") + "right"]))
         self.products = {module: Product.sum(parts).compressed() for module, parts in found.items()}
         for hook in self._hooks:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedpeft import arrays, wire
+from fedpeft import arrays, seeds, wire
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.client.node import Node
 from fedpeft.config import Config
 from fedpeft.lookup import find
 from fedpeft.records import Arrays, Assignment, Failure, Metrics, Update, merged_round
-from fedpeft.strategies.strategy import Round, Strategy
+from fedpeft.strategies.strategy import Gradients, Round, Strategy, Turn
 from fedpeft.training import evaluate
+from fedpeft.training.gradients import full_gradients
 from fedpeft.training.job import Job
+
+BREAKS = (RuntimeError, ValueError, IndexError, ArithmeticError)  # what torch and NumPy raise, out of memory included
 
 
 class Worker:
@@ -30,6 +33,7 @@ class Worker:
         self.layout = adapted.layout()
         self.drawn = adapted.read()  # from the seed, like everybody's
         self.merged: Arrays = {}  # what was merged into the backbone so far, the same for all clients
+        self.memory: dict[int, Arrays] = {}  # client -> what the strategy remembers there
 
     @property
     def base(self) -> str:
@@ -45,22 +49,42 @@ class Worker:
         return [refused.get(id(a)) or (next(trained) if a.action == wire.TRAIN else self._survey(a)) for a in assignments]
 
     def _train(self, assignments: Sequence[Assignment]) -> list[Update | Failure]:
-        jobs = [self._job(assignment) for assignment in assignments]
-        validated = [self._validate(job.start, self.nodes[job.client]) for job in jobs]
+        turns = [self._turn(assignment) for assignment in assignments]
+        begun = [self._begin(assignment, turn) for assignment, turn in zip(assignments, turns, strict=True)]
+        jobs = [job for job in begun if isinstance(job, Job)]
+        ended = iter(self.engine(self.adapted, self.task, self.config, jobs))
         answers: list[Update | Failure] = []
-        for job, metrics, trained in zip(jobs, validated, self.engine(self.adapted, self.task, self.config, jobs), strict=True):
-            if isinstance(trained, Failure):
+        for turn, job in zip(turns, begun, strict=True):
+            trained = job if isinstance(job, Failure) else next(ended)
+            if isinstance(trained, Failure) or isinstance(job, Failure):
                 answers.append(trained)
-            else:
-                metrics = {"loss": trained.loss, **metrics}
-                answers.append(Update(job.round, job.client, trained.arrays, len(job.data), metrics, trained.seconds))
+                continue
+            upload, self.memory[job.client] = self.strategy.end(turn, job.start, trained.arrays)
+            metrics = {"loss": trained.loss, **self._validate(turn.received, self.nodes[job.client])}
+            answers.append(Update(job.round, job.client, upload, len(job.data), metrics, trained.seconds))
         return answers
 
-    def _job(self, assignment: Assignment) -> Job:
+    def _turn(self, assignment: Assignment) -> Turn:
+        received = {**self.drawn, **self.merged, **assignment.arrays}
         at = Round(assignment.round, self.config.strategy.num_rounds, self.layout, self.config.seed)
-        names = self.strategy.trains(self.adapted.trained, at)
-        start = {**self.drawn, **self.merged, **assignment.arrays}
-        return Job(assignment.client, assignment.round, start, names, self.nodes[assignment.client].train, self.strategy.proximal(at))
+
+        def gradients(arrays: Arrays, batches: int) -> Gradients:
+            data = self.nodes[assignment.client].train
+            size = self.config.training.per_device_train_batch_size
+            order = seeds.generator(self.config.seed, "gradient", assignment.round, assignment.client).permutation(len(data))
+            rows = [order[start : start + size] for start in range(0, len(order), size)][:batches]
+            return full_gradients(self.adapted, self.task, arrays, data, rows)
+
+        return Turn(at, received, self.memory.get(assignment.client, {}), gradients)
+
+    def _begin(self, assignment: Assignment, turn: Turn) -> Job | Failure:
+        try:
+            start = self.strategy.begin(turn)
+        except BREAKS as error:
+            return Failure(assignment.round, assignment.client, f"beginning broke: {error}")
+        names = self.strategy.trains(self.adapted.trained, turn.at)
+        data, mu = self.nodes[assignment.client].train, self.strategy.proximal(turn.at)
+        return Job(assignment.client, assignment.round, start, names, data, mu)
 
     def _refused(self, assignment: Assignment) -> Failure | None:
         """What does not travel must be what the server has: the digest of the tensors this client holds is checked."""
@@ -92,6 +116,17 @@ class Worker:
         self.adapted.write({**self.drawn, **self.merged, **assignment.arrays})
         try:
             sums = self.survey.measure(self.adapted, node.train, self.config.training.per_device_eval_batch_size)
-        except (RuntimeError, ValueError, IndexError, ArithmeticError) as error:
+        except BREAKS as error:
             return Failure(assignment.round, assignment.client, f"survey broke: {error}")
         return Update(assignment.round, assignment.client, sums, len(node.train))
+
+    def memories(self) -> Arrays:
+        """What all clients of this worker remember, as CLIENT/NAME: for the checkpoint of a simulation."""
+        return {f"{client}/{name}": array for client, memory in self.memory.items() for name, array in memory.items()}
+
+    def restore(self, memories: Arrays) -> None:
+        """Let the clients remember what `memories` gave, and nothing else."""
+        self.memory = {}
+        for key, array in memories.items():
+            client, _, name = key.partition("/")
+            self.memory.setdefault(int(client), {})[name] = array

@@ -1,6 +1,6 @@
 """The state of a run after a completed round, on disk so that a kill at any moment costs at most the round it fell in.
 
-    RUN/checkpoint/round-00007/  arrays.safetensors  strategy.safetensors  state.json (with the hashes of the other files)
+    RUN/checkpoint/round-00007/  arrays, strategy, clients (.safetensors)  state.json (with the hashes of the other files)
 
 A checkpoint is written beside its final place and renamed: it is there as a whole or not at all. The newest that is
 whole is used. No generator is stored: each is derived from (seed, purpose, round, client).
@@ -29,7 +29,8 @@ class Checkpoint:
 
     round: int
     arrays: Arrays  # the global adapter and head
-    strategy: Arrays  # what the strategy remembers
+    strategy: Arrays  # what the strategy remembers on the server
+    clients: Arrays  # what simulated clients remember
     base: str = ""  # fingerprint of the base model
     data: str = ""  # digest of the data
 
@@ -41,7 +42,8 @@ def write(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
     beside = folder / f".{final.name}.new"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    files = {"arrays.safetensors": _saved(checkpoint.arrays), "strategy.safetensors": _saved(checkpoint.strategy)}
+    parts = {"arrays": checkpoint.arrays, "strategy": checkpoint.strategy, "clients": checkpoint.clients}
+    files = {f"{name}.safetensors": _saved(arrays) for name, arrays in parts.items()}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files["state.json"] = json.dumps(
         {"round": checkpoint.round, "base": checkpoint.base, "data": checkpoint.data, "sha256": hashes}
@@ -64,14 +66,14 @@ def latest(folder: pathlib.Path) -> Checkpoint | None:
         except (OSError, ValueError, KeyError):
             continue
         if all(hashlib.sha256(data[name]).hexdigest() == expected for name, expected in state["sha256"].items()):
-            arrays, strategy = (load(data[f"{name}.safetensors"]) for name in ("arrays", "strategy"))
-            return Checkpoint(state["round"], arrays, strategy, state["base"], state["data"])
+            arrays, strategy, clients = (load(data[f"{name}.safetensors"]) for name in ("arrays", "strategy", "clients"))
+            return Checkpoint(state["round"], arrays, strategy, clients, state["base"], state["data"])
     return None
 
 
 def _saved(arrays: Arrays) -> bytes:
-    # safetensors 0.8 writes the memory of a column-major array as if it were row-major
-    data: bytes = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    # safetensors 0.8 writes the memory of a column-major array as if it were row-major; ascontiguousarray would make a number a vector
+    data: bytes = save({name: np.array(array, order="C") for name, array in arrays.items()})
     return data
 
 

@@ -53,6 +53,8 @@ class Federation:
     primary_metric: str
     roster: Callable[[], dict[int, int]]  # client -> Flower node, of those that are there
     survey: Survey | None = None
+    memories: Callable[[], Arrays] = dict  # what the clients of this process remember, for the checkpoint; real ones keep their own
+    restore: Callable[[Arrays], None] = lambda memories: None
 
     @property
     def fewest(self) -> int:
@@ -119,6 +121,7 @@ def _resumed(federation: Federation, folder: RunFolder) -> Outcome | None:
         raise UserError(
             Problem("--resume", f"{folder.rounds} has lost rounds: {len(records)} of {kept.round + 1} are there", do="start a new run")
         )
+    federation.restore(kept.clients)
     return Outcome(kept.arrays, kept.strategy, records)
 
 
@@ -127,7 +130,8 @@ def _finish_round(federation: Federation, outcome: Outcome, record: RoundRecord,
     outcome.records.append(record)
     folder.append(record)
     checkpoint.write(
-        folder.checkpoint, checkpoint.Checkpoint(record.round, outcome.arrays, outcome.state, federation.base, federation.data)
+        folder.checkpoint,
+        checkpoint.Checkpoint(record.round, outcome.arrays, outcome.state, federation.memories(), federation.base, federation.data),
     )
     for client, reason in record.rejected_clients.items():
         screen.note(f"round {record.round}: client {client} left out: {reason}")

@@ -104,4 +104,6 @@ def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int
         primary_metric=parts.task.primary_metric,
         roster=roster,
         survey=survey,
+        memories=parts.worker.memories,
+        restore=parts.worker.restore,
     )

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from fedpeft.errors import UserError
 from fedpeft.lookup import find
 from fedpeft.records import Arrays, Layout, Update
-from fedpeft.strategies.strategy import Combined, Round, Strategy
+from fedpeft.strategies.strategy import Combined, Round, Strategy, Turn
 
 
 class Over(Strategy):
@@ -64,6 +64,14 @@ class Over(Strategy):
     def proximal(self, at: Round) -> float:
         """As the inner strategy."""
         return self.inner.proximal(at)
+
+    def begin(self, turn: Turn) -> Arrays:
+        """As the inner strategy."""
+        return self.inner.begin(turn)
+
+    def end(self, turn: Turn, start: Arrays, trained: Arrays) -> tuple[Arrays, Arrays]:
+        """As the inner strategy."""
+        return self.inner.end(turn, start, trained)
 
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
         """As the inner strategy."""

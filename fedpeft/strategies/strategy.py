@@ -4,6 +4,7 @@ The order of a round, with the file that calls each:
 
     server/rounds.py     sends(names, at)                which global tensors travel down; the rest every client has from the seed
     client/worker.py     trains(names, at)               which tensors train, and travel up
+    client/worker.py     begin(turn), end(turn, ...)     what training starts from; what is uploaded and remembered
     server/rounds.py     combine(updates, received, at)  many updates to one
     server/rounds.py     apply(arrays, combined, state)  the server's step; server optimisers live here
 
@@ -14,9 +15,12 @@ sum_k p_k s B_k A_k, and each strategy says how near it comes (`products.py` com
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedpeft.lookup import Settings
 from fedpeft.records import Arrays, Layout, Metrics, Update
@@ -38,6 +42,19 @@ class Combined:
 
     arrays: Arrays
     report: Metrics = field(default_factory=dict)
+
+
+Gradients = Iterator[tuple[str, NDArray[np.float32]]]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a client's half of a strategy may look at before and after training."""
+
+    at: Round
+    received: Arrays  # the global state, what was merged into the backbone included
+    memory: Arrays  # what `end` left the last time this client took part; empty the first time
+    gradients: Callable[[Arrays, int], Gradients]  # (arrays, batches) -> (module, dL/dW [d_out, d_in]) of each adapted layer
 
 
 class Strategy(Settings):
@@ -73,6 +90,14 @@ class Strategy(Settings):
     def trains(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
         """Names, out of the trainable tensors, of those a client trains in this round and sends back; all by default."""
         return tuple(sorted(names))
+
+    def begin(self, turn: Turn) -> Arrays:
+        """What a client's training starts from; what was received, by default. A merge of this round shifts the backbone for it alone."""
+        return turn.received
+
+    def end(self, turn: Turn, start: Arrays, trained: Arrays) -> tuple[Arrays, Arrays]:
+        """(what is uploaded, what the client remembers) after training from `start`; the trained tensors and nothing, by default."""
+        return trained, {}
 
     @abstractmethod
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:

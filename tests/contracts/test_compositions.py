@@ -132,7 +132,8 @@ def test_a_composition_that_means_nothing_is_refused_with_the_reason(name):
 @pytest.mark.parametrize(
     "name",
     sorted(
-        set(TABLES["strategy"]) - {"fedavg", "ffa_lora", "lora_fair", "ro_lora", "fed_svd", "flora_na", "flora", "fedex_lora", "flex_lora"}
+        set(TABLES["strategy"])
+        - {"fedavg", "ffa_lora", "lora_fair", "ro_lora", "fed_svd", "flora_na", "flora", "fedex_lora", "flex_lora", "fedsmooth_lora"}
     ),
 )
 @pytest.mark.parametrize("over", ["fedavg", "ffa_lora", "ro_lora"])

@@ -11,7 +11,7 @@ from fedpeft.server.checkpoint import Checkpoint, latest, write
 
 
 def state(round):
-    return Checkpoint(round, {"w": np.full((2, 2), round, np.float32)}, {"m": np.array([round], np.float64)})
+    return Checkpoint(round, {"w": np.full((2, 2), round, np.float32)}, {"m": np.array([round], np.float64)}, {"0/n": np.ones(2)})
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -24,8 +24,9 @@ def test_what_is_written_is_read(tmp_path):
 
 def test_the_memory_order_of_an_array_does_not_matter(tmp_path):
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
-    write(tmp_path, Checkpoint(1, {"w": np.asfortranarray(array), "v": array[:, ::2]}, {}))
+    write(tmp_path, Checkpoint(1, {"w": np.asfortranarray(array), "v": array[:, ::2], "n": np.array(7)}, {}, {}))
     found = latest(tmp_path).arrays
+    assert found["n"].shape == ()
     assert np.array_equal(found["w"], array)
     assert np.array_equal(found["v"], array[:, ::2])
 
@@ -41,7 +42,7 @@ def test_the_newest_is_used_and_old_ones_go(tmp_path):
     assert len(list(tmp_path.glob("round-*"))) == checkpoint.KEPT
 
 
-@pytest.mark.parametrize("name", ["arrays.safetensors", "strategy.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["arrays.safetensors", "strategy.safetensors", "clients.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["torn", "gone", "flipped"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, name, damage):
     write(tmp_path, state(1))
