@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedpeft.arrays import weighted_mean
-from fedpeft.errors import Problem, UserError
 from fedpeft.products import Product
 from fedpeft.records import Arrays, Layout, Metrics, Pair, Update
 
@@ -45,11 +44,3 @@ def error(updates: Sequence[Update], arrays: Arrays, received: Arrays, layout: L
         off += (got - wanted).norm() ** 2
         size += wanted.norm() ** 2
     return {"aggregation_error": float(np.sqrt(off / size))} if size > 0 else {}
-
-
-def needs_pairs(layout: Layout, strategy: str) -> None:
-    """Raises UserError when there are no LoRA factors for the strategy to work on."""
-    if not layout.pairs:
-        raise UserError(
-            Problem("strategy.name", f"{strategy} works on LoRA factors, and the adapter has none", do="use adapter lora, or fedavg")
-        )

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from fedpeft.products import Product
-from fedpeft.records import Arrays, Layout, Update
+from fedpeft.records import Arrays, Update
 from fedpeft.strategies import aggregation
 from fedpeft.strategies.strategy import Combined, Round, Strategy
 
@@ -25,14 +25,11 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class FedSvd(Strategy):
     """Trains B; the server turns A to the right singular vectors of the averaged update."""
 
+    of_factors: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
 
     svd_period: int = Field(1, ge=1, description="refactor after every so many rounds")
-
-    def check(self, layout: Layout) -> None:
-        """Needs LoRA factors."""
-        aggregation.needs_pairs(layout, "fed_svd")
 
     def trains(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
         """All but A."""

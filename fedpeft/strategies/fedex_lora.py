@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedpeft.products import Product
-from fedpeft.records import Arrays, Layout, Update, merge_names
+from fedpeft.records import Arrays, Update, merge_names
 from fedpeft.strategies import aggregation
 from fedpeft.strategies.strategy import Combined, Round, Strategy
 
@@ -26,12 +26,9 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class FedexLora(Strategy):
     """Exact by a residual in the backbone."""
 
+    of_factors: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
-
-    def check(self, layout: Layout) -> None:
-        """Needs LoRA factors."""
-        aggregation.needs_pairs(layout, "fedex_lora")
 
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
         """The weighted means, and the residual to be merged."""

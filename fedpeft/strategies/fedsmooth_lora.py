@@ -37,6 +37,7 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy, Turn
 class FedSmoothLora(Strategy):
     """Merges, matches rounds and aligns the start with the client's gradient; clients remember their last upload."""
 
+    of_factors: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
 
     zeta: float = Field(1.0, ge=0, le=1, description="how far a client returns to its own last model")
@@ -47,7 +48,7 @@ class FedSmoothLora(Strategy):
 
     def check(self, layout: Layout) -> None:
         """Needs LoRA factors, and layers in which 2 r singular directions exist."""
-        aggregation.needs_pairs(layout, "fedsmooth_lora")
+        super().check(layout)
         for pair in layout.pairs:
             r, smallest = layout.tensors[pair.A].shape[0], min(layout.tensors[pair.B].shape[0], layout.tensors[pair.A].shape[1])
             if 2 * r > smallest:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from fedpeft.records import Arrays, Layout, Update
+from fedpeft.records import Arrays, Update
 from fedpeft.strategies import aggregation
 from fedpeft.strategies.strategy import Combined, Round, Strategy
 
@@ -21,12 +21,9 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class FfaLora(Strategy):
     """Freezes A: averages exactly, sends half, and under differential privacy adds no noise to a product of two noises."""
 
+    of_factors: ClassVar[bool] = True
     plain_mean: ClassVar[bool] = True
     exact: ClassVar[bool] = True
-
-    def check(self, layout: Layout) -> None:
-        """Needs LoRA factors."""
-        aggregation.needs_pairs(layout, "ffa_lora")
 
     def sends(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
         """All but A."""

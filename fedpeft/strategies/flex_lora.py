@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedpeft.records import Arrays, Layout, Update
+from fedpeft.records import Arrays, Update
 from fedpeft.strategies import aggregation
 from fedpeft.strategies.strategy import Combined, Round, Strategy
 
@@ -23,11 +23,8 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class FlexLora(Strategy):
     """The SVD of the averaged update, redistributed."""
 
+    of_factors: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
-
-    def check(self, layout: Layout) -> None:
-        """Needs LoRA factors."""
-        aggregation.needs_pairs(layout, "flex_lora")
 
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
         """The mean of the head, and the best factors of rank r."""

@@ -17,7 +17,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedpeft import seeds
-from fedpeft.records import Arrays, Layout, Update, merge_names
+from fedpeft.records import Arrays, Update, merge_names
 from fedpeft.strategies import aggregation
 from fedpeft.strategies.strategy import Combined, Round, Strategy
 
@@ -25,12 +25,9 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class Flora(Strategy):
     """Exact by stacking; every round a new low-rank space, and a cold start."""
 
+    of_factors: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
-
-    def check(self, layout: Layout) -> None:
-        """Needs LoRA factors."""
-        aggregation.needs_pairs(layout, "flora")
 
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
         """The mean of the head, the stack to be merged, and fresh factors."""

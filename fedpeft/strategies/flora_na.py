@@ -14,12 +14,13 @@ Paper: arXiv:2509.26399, which descends on scalars shared by all layers; a pair 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from fedpeft.products import Matrix
-from fedpeft.records import Arrays, Layout, Update
+from fedpeft.records import Arrays, Update
 from fedpeft.strategies import aggregation
 from fedpeft.strategies.strategy import Combined, Round, Strategy
 
@@ -27,11 +28,9 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class FloraNa(Strategy):
     """Nearly accurate aggregation at the bytes of FedAvg."""
 
-    max_steps: int = Field(50, ge=1, description="most alternations of the least squares")
+    of_factors: ClassVar[bool] = True
 
-    def check(self, layout: Layout) -> None:
-        """Needs LoRA factors."""
-        aggregation.needs_pairs(layout, "flora_na")
+    max_steps: int = Field(50, ge=1, description="most alternations of the least squares")
 
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
         """The weighted mean of the head, and the best scalars for every layer's factors."""

@@ -22,13 +22,13 @@ Paper: Bian et al. 2025 (arXiv:2411.14961), section 4. Rank must be the same eve
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from fedpeft.products import Matrix, Product
-from fedpeft.records import Arrays, Layout, Update
+from fedpeft.records import Arrays, Update
 from fedpeft.strategies import aggregation
 from fedpeft.strategies.strategy import Combined, Round, Strategy
 
@@ -36,15 +36,13 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class LoraFair(Strategy):
     """Corrects the averaged B on the server; bytes and clients are those of FedAvg."""
 
+    of_factors: ClassVar[bool] = True
+
     solver: Literal["closed_form", "cosine"] = Field(
         "closed_form", description="closed_form: ridge regression; cosine: the paper's objective"
     )
     regularisation: float = Field(0.01, ge=0, description="the paper's lambda: how strongly dB is held at zero")
     max_steps: int = Field(1000, ge=1, description="most descent steps of the cosine solver")
-
-    def check(self, layout: Layout) -> None:
-        """Needs LoRA factors."""
-        aggregation.needs_pairs(layout, "lora_fair")
 
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
         """The weighted mean, with B corrected."""

@@ -22,6 +22,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.errors import Problem, UserError
 from fedpeft.lookup import Settings
 from fedpeft.records import Arrays, Layout, Metrics, Update
 
@@ -60,9 +61,10 @@ class Turn:
 class Strategy(Settings):
     """The interface of every strategy.
 
-    Three facts let strategies be combined, and refused where a combination means nothing.
+    Four facts let strategies be combined, and refused where a combination means nothing.
     """
 
+    of_factors: ClassVar[bool] = False  # it works on LoRA factors, and means nothing without them
     plain_mean: ClassVar[bool] = False  # `combine` is the weighted mean of the uploads
     exact: ClassVar[bool] = False  # the product it leaves is sum_k p_k s B_k A_k
     refactors: ClassVar[bool] = False  # it changes the basis of the factors, or moves part of the update elsewhere
@@ -77,7 +79,10 @@ class Strategy(Settings):
         return 0.0
 
     def check(self, layout: Layout) -> None:
-        """Raises UserError when the strategy means nothing for adapters of this layout; any will do by default."""
+        """Raises UserError when the strategy means nothing for adapters of this layout."""
+        if self.of_factors and not layout.pairs:
+            got = f"{type(self).__name__} works on LoRA factors, and the adapter has none"
+            raise UserError(Problem("strategy.name", got, do="use adapter lora, or strategy fedavg"))
 
     def start(self, arrays: Arrays) -> Arrays:
         """What the server remembers between rounds besides the global arrays; nothing by default."""

@@ -240,7 +240,7 @@ def test_a_strategy_of_factors_refuses_an_adapter_without_them(name):
     if name == "fedavg":
         build(name).check(Layout({}))
     else:
-        with pytest.raises(UserError, match=name):
+        with pytest.raises(UserError, match=find("strategy", name).__name__):
             build(name).check(Layout({}))
 
 
