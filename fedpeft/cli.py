@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fedpeft: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("fedpeft: interrupted; a run goes on with --resume after its last whole round", file=sys.stderr)
+        print("fedpeft: interrupted; --resume continues a run after its last whole round, the same command a study", file=sys.stderr)
         return 130
 
 
@@ -84,6 +84,29 @@ def partition(given: argparse.Namespace) -> None:
         print(f"{out / 'partition.png'} and {out / 'partition.csv'} written")
 
 
+def study(given: argparse.Namespace) -> None:
+    """run a grid of settings x seeds, and compare what comes out"""
+    import json
+
+    from fedpeft.simulations.study_plan import plan
+
+    path, overrides = _config_and_overrides(given.config)
+    planned = plan(path, overrides, given.vary, given.tune, given.seeds)
+    from fedpeft.simulations.study import run
+    from fedpeft.simulations.study_tables import arm_table
+
+    out = pathlib.Path(given.out)
+    results = run(planned, out, given.target, given.json)
+    failed = len(results.failed)
+    if given.json:
+        print(json.dumps({"event": "study", "out": str(out), "cells": len(results.cells), "failed": failed}), flush=True)
+    else:
+        print(arm_table(results))
+        print(f"{out / 'study.md'}, study.png, results.csv and curves.csv written")
+    if failed:
+        raise RunStopped(f"{failed} of {len(results.cells)} cells failed ({out / 'study.md'} says why); the same command tries them again")
+
+
 def report(given: argparse.Namespace) -> None:
     """one page that shows a run, or compares several"""
     from fedpeft.report import write_report
@@ -115,6 +138,7 @@ def doctor(given: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "simulate": simulate,
+    "study": study,
     "partition": partition,
     "report": report,
     "list": list_names,
@@ -129,13 +153,23 @@ def _parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         made[name] = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
         made[name].set_defaults(command=command)
-    for name in ("simulate", "partition"):
+    for name in ("simulate", "study", "partition"):
         made[name].add_argument(
             "config", nargs="*", metavar="CONFIG key=value", help="a YAML file and overrides; without a file: the quickstart"
         )
     made["simulate"].add_argument("--out", metavar="DIR", help="the run folder (default: runs/NAME)")
     made["simulate"].add_argument("--resume", action="store_true", help="continue the run in --out after its last whole round")
     made["simulate"].add_argument("--json", action="store_true", help="one JSON object a line instead of a progress bar")
+    made["study"].add_argument(
+        "--vary", action="append", default=[], metavar="KEY=A,B", help="settings to compare; given again: every combination"
+    )
+    made["study"].add_argument(
+        "--tune", action="append", default=[], metavar="KEY=X,Y", help="settings to pick for each combination, on a validation split"
+    )
+    made["study"].add_argument("--seeds", type=int, default=3, metavar="N", help="seeds of each combination (default: 3)")
+    made["study"].add_argument("--out", required=True, metavar="DIR", help="the study's folder; the same command goes on with it")
+    made["study"].add_argument("--target", type=float, metavar="X", help="show rounds and bytes until the metric first reaches X")
+    made["study"].add_argument("--json", action="store_true", help="one JSON object a line instead of progress bars")
     made["partition"].add_argument("--out", metavar="DIR", help="write partition.png and partition.csv there")
     made["partition"].add_argument("--rows", type=int, default=40, metavar="N", help="clients shown in the table (default: 40)")
     made["report"].add_argument("runs", nargs="+", metavar="RUN", help="run folders")

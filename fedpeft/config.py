@@ -100,6 +100,9 @@ class DataSection(OpenSection):
     max_length: int = Field(32, ge=2, le=131072, description="tokens kept of an example; the rest is cut off at the end")
     max_examples: int | None = Field(None, ge=1, description="use a random subset of this many examples (before the split)")
     test_fraction: Share = Field(0.2, description="held out for the server's evaluation when there is no test split")
+    evaluate_on: Literal["test", "validation"] = Field(
+        "test", description='"validation": the server evaluates on a test_fraction of the training examples instead, to choose settings by'
+    )
     validation_fraction: Share = Field(0.0, description="held out of every client's own examples for its own evaluation")
 
     @field_validator("labels")

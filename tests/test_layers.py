@@ -10,7 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "fedpeft"
 
 LAYERS = [
-    {"errors", "records", "arrays", "seeds", "lookup", "units", "environment", "yaml_file", "quiet", "products"},
+    {"errors", "records", "arrays", "seeds", "lookup", "units", "environment", "yaml_file", "quiet", "products", "intervals"},
     {"config", "flower_private", "wire", "screen", "runs", "curves", "page", "report", "strategies", "data", "listing"},
     {"base", "adapters", "tasks", "training"},
     {"client", "server"},

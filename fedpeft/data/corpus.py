@@ -23,11 +23,11 @@ class Corpus:
     """The data of a run, before it is dealt out."""
 
     train: Examples  # dealt to the clients
-    test: Examples  # stays with the server
+    test: Examples  # stays with the server, which evaluates on it: the test part, or the validation part
 
 
 def load(data: DataSection, roles: Mapping[str, str], seed: int) -> Corpus:
-    """Read the source that `data` names, check every row, and split off the test part.
+    """Read the source that `data` names, check every row, and split off the test part, or a validation part beside it.
 
     `roles` maps what the task reads ("text") to the column that holds it. Raises UserError for missing columns, rows that
     are not text, and labels outside the set, each with the row.
@@ -41,8 +41,12 @@ def load(data: DataSection, roles: Mapping[str, str], seed: int) -> Corpus:
     names = tuple(data.labels) if data.labels else _label_names(splits["train"], data.columns.label)
     parts = {split: _examples(rows, data, roles, names, split) for split, rows in splits.items()}
     if "test" in parts:
-        return Corpus(parts["train"], parts["test"])
-    return _hold_out(parts["train"], data.test_fraction, seed)
+        corpus = Corpus(parts["train"], parts["test"])
+    else:
+        corpus = _hold_out(parts["train"], data.test_fraction, seed, "test_split")
+    if data.evaluate_on == "validation":  # what is set aside for the test neither trains nor evaluates
+        return _hold_out(corpus.train, data.test_fraction, seed, "validation_split")
+    return corpus
 
 
 def _rows(data: DataSection) -> dict[str, list[Row]]:
@@ -129,10 +133,10 @@ def _column(rows: Sequence[Row], columns: Columns, role: str) -> tuple[str, ...]
     return tuple(str(row[column]) for row in rows) if column is not None and column in rows[0] else None
 
 
-def _hold_out(examples: Examples, fraction: float, seed: int) -> Corpus:
-    """A test part of each class's `fraction`, so that rare classes are tested too."""
+def _hold_out(examples: Examples, fraction: float, seed: int, purpose: str) -> Corpus:
+    """A part of each class's `fraction` for the server, so that rare classes are tested too."""
     assert examples.labels is not None
-    generator = seeds.generator(seed, "test_split")
+    generator = seeds.generator(seed, purpose)
     test = [
         generator.permutation(np.flatnonzero(examples.labels == code))[: round(fraction * int((examples.labels == code).sum()))]
         for code in range(len(examples.label_names))
@@ -143,7 +147,7 @@ def _hold_out(examples: Examples, fraction: float, seed: int) -> Corpus:
             Problem(
                 "data.test_fraction",
                 f"{fraction} of {len(examples)} examples leaves nothing to test on",
-                do="raise it, or name a test split",
+                do="raise it, or name a test split" if purpose == "test_split" else "raise it: the validation part is as large",
             )
         )
     if len(held) == len(examples):
