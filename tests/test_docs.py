@@ -50,7 +50,7 @@ def test_every_command_has_help(name, capsys):
 
 
 def test_overrides_of_the_readme_are_keys():
-    for override in re.findall(r"\b([a-z_]+\.[a-z_]+=[\w.]+)", README):
+    for override in re.findall(r"\b([a-z_]+\.[a-z_]+=[\w.+-]+)", README):
         Config.load(None, [override])
 
 
