@@ -14,13 +14,18 @@ The path of one update, from a client's data to the adapter file:
         a. server/sampling.py            who takes part
         b. wire.py                       an `Assignment` each becomes a Flower message
         c. server/exchange.py            out through a Flower `Grid` and back; simulations/grid.py is the grid of this process
-        d. client/worker.py              a client answers: training/one.py trains on the data of client/node.py -> `Update`
+        d. client/worker.py              a client answers, on the data of client/node.py -> `Update`:
+           strategies/<name>.py            `begin`: what training starts from (the gradient of training/gradients.py, its memory)
+           training/one.py                 trains
+           strategies/<name>.py            `end`: what is uploaded and remembered
         e. server/validation.py          every check on an arriving update; one bad client costs one update, not the round
-        f. strategies/<name>.py          `combine`: many updates to one; `apply`: the server's step
+        f. strategies/<name>.py          `combine`: many updates to one, on products.py; `apply`: the server's step
         g. training/evaluate.py          on the server's test part
         h. server/run_folder.py          one line in rounds.jsonl
            server/checkpoint.py          what --resume needs
      5. server/ending.py               adapter/ (a plain PEFT folder), summary.json, pictures, report
+
+A study (simulations/study.py) is many such runs: arms x seeds, resumable, with tables and a picture.
 
 Records that travel are in records.py, errors in errors.py, every generator in seeds.py. Imports run downwards only:
 foundations, then config, wire, strategies and data, then base, adapters, tasks and training, then client and server,

@@ -122,7 +122,7 @@ class RoundRecord:
     bytes_down: int
     update_norm: float  # of the global state's move, over all tensors
     client_update_norms: dict[str, float]
-    seconds: dict[str, float]  # by phase
+    seconds: dict[str, float]  # by phase: exchange (the clients' training is in it), combine, evaluate
     epsilon: float | None = None
     report: dict[str, float] = field(default_factory=dict)  # what the strategy has to say
 

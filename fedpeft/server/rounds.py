@@ -264,4 +264,6 @@ def _client_means(updates: Sequence[Update]) -> dict[str, float]:
     """The plain mean, over the clients that gave it, of every metric but the training loss: all clients count alike."""
     names = sorted({name for update in updates for name in update.metrics} - {"loss"})
     given = {name: [update.metrics[name] for update in updates if name in update.metrics] for name in names}
+    if updates and updates[0].round > 0:
+        given["seconds"] = [update.seconds for update in updates]  # of training, by the clients' own clocks
     return {f"clients_{name}": sum(values) / len(values) for name, values in given.items()}

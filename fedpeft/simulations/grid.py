@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from fedpeft import flower_private, wire
 from fedpeft.client.worker import Worker
-from fedpeft.records import Assignment, Failure, Update
+from fedpeft.records import Assignment
 
 RUN_ID = 1
 FIRST_NODE = 1000  # node ids 0 and 1 mean something to Flower
@@ -58,7 +58,7 @@ class LocalGrid(Grid):
                 read.append((message, wire.message_to_assignment(message)[0]))
             except wire.WireError:
                 read.append((message, None))
-        answers = iter(self._work([assignment for _, assignment in read if assignment is not None]))
+        answers = iter(self.worker.answer([assignment for _, assignment in read if assignment is not None]))
         replies = []
         for message, assignment in read:
             if assignment is None:
@@ -67,9 +67,6 @@ class LocalGrid(Grid):
                 reply = wire.answer_to_message(next(answers), self.worker.base, message)
             replies.append(flower_private.from_bytes(flower_private.to_bytes(flower_private.stamp(reply))))
         return replies
-
-    def _work(self, assignments: list[Assignment]) -> list[Update | Failure]:
-        return self.worker.answer(assignments)
 
     def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
         """Part of Flower's interface, deprecated there: use `Message(...)`."""
