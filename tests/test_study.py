@@ -226,6 +226,20 @@ def test_a_run_that_stops_before_its_end_is_a_failed_cell(study, tmp_path):
     good, bad = rows(tmp_path / "study" / "results.csv")
     assert (good["status"], bad["status"], bad["final"]) == ("finished", "failed", "")
     assert "too few updates were accepted" in bad["reason"]
+    (tmp_path / "study" / "cells" / "max_update_norm-1e-9" / "seed-0" / "failed.txt").unlink()  # as if killed just before it was written
+    assert study("--vary", "strategy.max_update_norm=1e4,1e-9", "--seeds", 1)[0] == 1
+    assert [row["status"] for row in rows(tmp_path / "study" / "results.csv")] == ["finished", "failed"]
+
+
+def test_a_finished_cell_of_another_config_is_neither_taken_nor_overwritten(study, tmp_path):
+    assert study("--seeds", 1)[0] == 0
+    cell = tmp_path / "study" / "cells" / "base" / "seed-0"
+    (cell / "config.yaml").write_text((cell / "config.yaml").read_text().replace("num_rounds: 2", "num_rounds: 3"))
+    before = snapshot(cell)
+    code, _, err = study("--seeds", 1)
+    assert code == 2
+    assert "holds a run with another config; delete that folder" in err
+    assert snapshot(cell) == before
 
 
 def test_every_mistake_of_every_arm_is_said_before_anything_runs(study, tmp_path):

@@ -86,7 +86,7 @@ def _check_folder(study: Study, out: pathlib.Path) -> None:
     if not now.keys() <= then.keys():
         raise UserError(Problem("--out", f"{kept} is not that of a study", do="name another folder"))
     changed = [f"--{option}" for option, key in (("vary", "arms"), ("tune", "tune")) if _settings_in(then[key]) != _settings_in(now[key])]
-    if "--vary" not in changed:
+    if not changed:
         pairs = [(Config.from_dict(old["config"]).as_dict(), new["config"]) for old, new in zip(then["arms"], now["arms"], strict=True)]
         changed += sorted({section for old, new in pairs for section in new if old[section] != new[section]})
     if changed:
