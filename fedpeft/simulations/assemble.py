@@ -69,7 +69,9 @@ def assemble(config: Config, check: Callable[[], None] | None = None) -> Parts:
         adapter.check(skeleton, task.peft_task)
         positions = getattr(skeleton.config, "max_position_embeddings", None)
         if positions is not None and config.data.max_length > positions:
-            problems.add("data.max_length", f"{config.data.max_length} tokens are more than the model's {positions} positions", do="lower it")
+            problems.add(
+                "data.max_length", f"{config.data.max_length} tokens are more than the model's {positions} positions", do="lower it"
+            )
     with problems.gather():
         base.choose_device(config.training)
     strategy: Strategy = config.strategy.build()

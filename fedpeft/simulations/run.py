@@ -54,7 +54,9 @@ def simulate(config: Config, out: str | pathlib.Path | None = None, resume: bool
             folder.create(config)
         screen.started(config, _facts(parts, folder))
         if cut := parts.train_truncated:
-            screen.note(f"{cut} of {len(parts.split.corpus.train)} training texts lost their end to data.max_length={config.data.max_length}")
+            screen.note(
+                f"{cut} of {len(parts.split.corpus.train)} training texts lost their end to data.max_length={config.data.max_length}"
+            )
         grid = find("simulation", config.simulation.engine)(parts.worker)
         federation = _federation(config, parts, lambda: grid.roster)
         outcome = rounds.run(federation, grid, folder, screen)
