@@ -142,6 +142,7 @@ def test_an_interrupted_run_can_be_resumed(config_file, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background inherits "ignore"
     )
     for line in process.stdout:
         if json.loads(line)["event"] == "round":
