@@ -72,16 +72,22 @@ class Study:
         return {"name": self.name, "seeds": self.seeds, "tune": tune if tune != [{}] else [], "arms": arms}
 
 
-def plan(path: str | None, overrides: Sequence[str] = (), vary: Sequence[str] = (), tune: Sequence[str] = (), seeds: int = 1) -> Study:
+def plan(
+    path: str | None, overrides: Sequence[str] = (), vary: Sequence[str | Axis] = (), tune: Sequence[str | Axis] = (), seeds: int = 1
+) -> Study:
     """The study of the config in `path` (None: the embedded default) with `overrides`.
 
+    An axis that is not text may change keys of several sections together: [{"strategy.name": "fedavg", "seed": "1"}, ...].
     Raises UserError with the problems of all arms: what the config does not allow, a setting that two options give, arms
     that are the same.
     """
     problems = Problems()
     if seeds < 1:
         problems.add("--seeds", f"{seeds} leaves nothing to run", "1 or more")
-    varied, tuned = ([_axis(option, text, problems) for text in texts] for option, texts in (("--vary", vary), ("--tune", tune)))
+    varied, tuned = (
+        [_axis(option, axis, problems) if isinstance(axis, str) else axis for axis in axes]
+        for option, axes in (("--vary", vary), ("--tune", tune))
+    )
     _check_keys(varied, tuned, problems)
     problems.raise_if_any()
     settings, choices = _combinations(varied), _combinations(tuned)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedpeft.errors import Problem, UserError
-from fedpeft.products import Product
+from fedpeft.products import Product, leading
 from fedpeft.records import Arrays, Layout, Pair, Update, merge_names, merged_module, merged_round
 from fedpeft.strategies import aggregation
 from fedpeft.strategies.strategy import Combined, Round, Strategy, Turn
@@ -101,7 +101,7 @@ class FedSmoothLora(Strategy):
 
     def aligned(self, G: NDArray[Any], r: int) -> Product:
         """Step 3: W_ga from the gradient [d_out, d_in]: A takes the first r right vectors, B the next r left ones."""
-        U, _, Vt = np.linalg.svd(G.astype(np.float64), full_matrices=False)
+        U, _, Vt = leading(G, 2 * r)
         c = G.shape[0] ** 0.25 / self.gamma**0.5
         return Product(c * U[:, r : 2 * r], c * Vt[:r])
 

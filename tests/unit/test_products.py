@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.products import Product, relative_error
+from fedpeft.products import Product, leading, relative_error
 
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 9), st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 2**32))
 
@@ -71,3 +71,14 @@ def test_relative_error_of_nothing():
     assert relative_error(zero, zero) == 0.0
     assert relative_error(one, zero) == float("inf")
     assert relative_error(zero, one) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("shape", [(200, 120), (120, 200), (20, 12)])
+@pytest.mark.parametrize("fall", [3.0, 60.0])
+def test_the_leading_singular_triples_are_those_of_the_svd(shape, fall):
+    rng = np.random.default_rng(0)
+    U, V = (np.linalg.qr(rng.standard_normal((d, min(shape))))[0] for d in shape)
+    S = np.exp(-np.arange(min(shape)) / fall)
+    u, s, vt = leading((U * S) @ V.T, 4)
+    np.testing.assert_allclose(s, S[:4], atol=1e-8)
+    np.testing.assert_allclose((u * s) @ vt, (U[:, :4] * S[:4]) @ V[:, :4].T, atol=1e-5)
