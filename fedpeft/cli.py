@@ -44,7 +44,7 @@ def simulate(given: argparse.Namespace) -> None:
         path = str(RunFolder(pathlib.Path(given.out)).config)
     config = Config.load(path, overrides)
     with choose(json=given.json) as screen:
-        from fedpeft.server.rounds import FINISHED
+        from fedpeft.server.federation import FINISHED
         from fedpeft.simulations.run import simulate as run
 
         summary = run(config, given.out, given.resume, screen).summary

@@ -257,6 +257,7 @@ class Config(Settings):
             if isinstance(section, OpenSection):
                 section.check_together(key, where, problems)
         problems.raise_if_any()
+        config.strategy.build().check_config(config, config.adapter.build())
         return config
 
     def as_dict(self) -> dict[str, Any]:

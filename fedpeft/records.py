@@ -9,7 +9,7 @@ RoundRecord  -> rounds.jsonl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,12 @@ class Pair:
     A: str  # name of the [r, d_in] tensor
     B: str  # name of the [d_out, r] tensor
     s: float  # PEFT's own `scaling`: alpha / r, or alpha / sqrt(r) with rsLoRA
+    r: int = 0  # the rank that `s` belongs to; 0 where all clients have the same
+    power: float = 1.0  # s is alpha / r**power
+
+    def scaling(self, r: int) -> float:
+        """s of a client whose rank is `r`."""
+        return self.s * (self.r / r) ** self.power if self.r else self.s
 
 
 MERGED = "merged."
@@ -46,6 +52,19 @@ MERGED = "merged."
 def merge_names(round: int, module: str) -> tuple[str, str]:
     """Names of the two factors that `round` adds to the weight of `module`."""
     return f"{MERGED}{round:05d}.{module}.left", f"{MERGED}{round:05d}.{module}.right"
+
+
+SPARSE = "sparse."
+"""Start of the names of values that train inside a frozen weight: sparse.MODULE [positions]."""
+
+
+def sparse_name(module: str) -> str:
+    """Name of the values that are added to the weight of `module` at fixed positions."""
+    return SPARSE + module
+
+
+BESIDE = "beside."
+"""Start of the names of what travels with the adapter in every message and is no part of it, such as SCAFFOLD's control variate."""
 
 
 def merged_round(name: str) -> int:
@@ -67,6 +86,14 @@ class Layout:
     head: tuple[str, ...] = ()  # whole layers that travel beside the adapter (the classifier)
     output_weight: str | None = None  # the head's last [labels, features] matrix
     output_bias: str | None = None
+
+    def cut(self, r: int) -> Layout:
+        """The layout of a client whose rank is `r`: smaller factors, and the scaling of that rank."""
+        tensors = dict(self.tensors)
+        for pair in self.pairs:
+            A, B = tensors[pair.A], tensors[pair.B]
+            tensors |= {pair.A: TensorSpec((r, A.shape[1]), A.dtype), pair.B: TensorSpec((B.shape[0], r), B.dtype)}
+        return replace(self, tensors=tensors, pairs=tuple(replace(pair, s=pair.scaling(r), r=r) for pair in self.pairs))
 
     @staticmethod
     def specs(arrays: Arrays) -> dict[str, TensorSpec]:

@@ -29,6 +29,7 @@ MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8
 MAX_TEXT = 500
 TRAIN, QUERY = "train", "query"  # Flower's message types: training, and everything asked before it
+SECOND = "second"  # the action of a second question in a round of training
 
 
 class WireError(ValueError):

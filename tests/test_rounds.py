@@ -9,10 +9,11 @@ import pytest
 from flwr.app import Error, Message
 
 from fedpeft import Config, RunStopped, UserError, arrays, flower_private, wire
-from fedpeft.records import Update
+from fedpeft.records import Assignment, Update
 from fedpeft.screen import Plain
 from fedpeft.server import rounds, sampling
 from fedpeft.server.exchange import exchange
+from fedpeft.server.federation import FINISHED, Survey
 from fedpeft.server.run_folder import RunFolder
 from fedpeft.simulations import run as simulation
 from fedpeft.simulations.assemble import assemble
@@ -171,7 +172,7 @@ def test_a_survey_that_nobody_answers_stops_the_run(tiny_config, tmp_path):
     folder.create(tiny_config)
     with pytest.raises(RunStopped, match="asked for something else than agreed: census"):
         rounds.run(
-            dataclasses.replace(federation, survey=rounds.Survey("census", {}, lambda total: {})),
+            dataclasses.replace(federation, surveys=(Survey("census", {}, lambda total: {}),)),
             grid,
             folder,
             Plain(io.StringIO()),
@@ -183,7 +184,7 @@ def test_a_short_run_in_which_nobody_moves_is_not_called_finished(tiny_settings,
         {**tiny_settings, "strategy": {"num_rounds": 1}, "training": {**tiny_settings["training"], "learning_rate": 0}}
     )
     outcome, _ = play(config, tmp_path)
-    assert outcome.stopped_because != rounds.FINISHED
+    assert outcome.stopped_because != FINISHED
 
 
 def test_a_stopped_run_resumes_to_where_it_stopped(tiny_settings, tmp_path):
@@ -247,7 +248,7 @@ def test_validation_metrics_are_means_over_the_clients_that_have_them(tiny_setti
 def test_bytes_are_those_of_the_serialised_messages(tiny_config):
     parts = assemble(tiny_config)
     grid = LocalGrid(parts.worker)
-    asked = [rounds.Assignment("train", 1, client, parts.adapted.read()) for client in grid.roster]
+    asked = [Assignment("train", 1, client, parts.adapted.read()) for client in grid.roster]
     traffic = exchange(grid, asked, grid.roster, parts.worker.base, 10.0)
     plain = sum(array.nbytes for array in parts.adapted.read().values())
     assert 4 * plain < traffic.bytes_down < 4 * (plain + 4000)
@@ -275,7 +276,7 @@ def test_what_a_client_changes_in_place_reaches_nobody_else(tiny_config):
             return answers
 
     grid = LocalGrid(Vandal())
-    exchange(grid, [rounds.Assignment("train", 1, client, start) for client in grid.roster], grid.roster, "x", 10.0)
+    exchange(grid, [Assignment("train", 1, client, start) for client in grid.roster], grid.roster, "x", 10.0)
     assert set(Vandal.seen) == {before} == {arrays.digest(start)}
 
 

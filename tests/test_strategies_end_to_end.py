@@ -70,11 +70,12 @@ def test_a_client_with_another_A_is_left_out_with_its_reason(tiny_settings):
     config = Config.from_dict({**tiny_settings, "strategy": {"name": "ffa_lora"}})
     parts = assemble(config)
     other = assemble(Config.from_dict({**tiny_settings, "seed": 1, "strategy": {"name": "ffa_lora"}}))
-    from fedpeft.server import rounds
+    from fedpeft.server.asking import assign
+    from fedpeft.server.federation import Outcome
     from fedpeft.simulations import run as simulation
 
     federation = simulation._federation(config, parts, dict)
-    (asked,) = rounds._assignments(federation, wire.TRAIN, [0], rounds.Outcome(federation.arrays, {}), federation.at(1))
+    (asked,) = assign(federation, wire.TRAIN, [0], Outcome(federation.arrays, {}), 1).assignments
     assert not isinstance(parts.worker.answer([asked])[0], Failure)
     (answer,) = other.worker.answer([asked])
     assert isinstance(answer, Failure)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedpeft.adapters.backbone import Backbone, as_higher_rank
 from fedpeft.errors import Problem, UserError
-from fedpeft.records import MERGED, Arrays, Layout, Pair
+from fedpeft.products import Product
+from fedpeft.records import BESIDE, MERGED, Arrays, Layout, Pair, sparse_name
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +36,8 @@ class Adapted:
         saved = get_peft_model_state_dict(model)
         by_storage = {p.data_ptr(): p for p in model.parameters()}
         self.parameters: dict[str, torch.nn.Parameter] = {}
+        self._sparse: dict[str, NDArray[np.int64]] = {}
+        self._written: dict[str, tuple[int, ...]] = {}  # the shapes last written, where clients have their own ranks
         for name in sorted(saved):
             parameter = by_storage[saved[name].data_ptr()]
             parameter.data = parameter.data.float()  # adapters and heads train in float32 on a base of any dtype
@@ -46,6 +50,7 @@ class Adapted:
         for wrapper in self._head_wrappers():
             wrapper.register_forward_pre_hook(_as_float32)
         self.backbone = Backbone(model, base.device)
+        self._layout = self._look()
 
     @property
     def trainable_parameters(self) -> int:
@@ -60,13 +65,17 @@ class Adapted:
 
     def layout(self) -> Layout:
         """Names, shapes, LoRA pairs with PEFT's own scaling, and the head."""
-        modules = dict(self.model.named_modules())
+        return self._layout
+
+    def _look(self) -> Layout:
+        self._modules = dict(self.model.named_modules())
+        power = 0.5 if getattr(self.model.active_peft_config, "use_rslora", False) else 1.0
         pairs = []
-        for name in self.parameters:
+        for name, parameter in self.parameters.items():
             if name.endswith(A_FACTOR):
                 module = name.removesuffix(A_FACTOR)
-                scaling = float(modules[module].scaling[self.model.active_adapter])
-                pairs.append(Pair(module=module, A=name, B=module + B_FACTOR, s=scaling))
+                scaling = float(self._modules[module].scaling[self.model.active_adapter])
+                pairs.append(Pair(module, A=name, B=module + B_FACTOR, s=scaling, r=len(parameter), power=power))
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         output = self.output_layer() if self.head else None
         return Layout(
@@ -77,19 +86,51 @@ class Adapted:
             output_bias=None if output is None else names.get(id(output.bias)),
         )
 
-    def read(self) -> Arrays:
-        """A copy of the adapter and head, float32, by name."""
-        return {name: parameter.detach().to("cpu").numpy().copy() for name, parameter in self.parameters.items()}
+    def read(self, names: Collection[str] | None = None) -> Arrays:
+        """A copy of the adapter and head, or of the tensors named, float32, by name; factors of the rank last written."""
+        whole = {name: self.parameters[name].detach().to("cpu").numpy() for name in names or self.parameters}
+        return {name: array[tuple(map(slice, self._written.get(name, array.shape)))].copy() for name, array in whole.items()}
 
     def write(self, arrays: Arrays) -> None:
-        """Set the tensors named in `arrays`, and the backbone to what they merge into it; other tensors keep their values."""
+        """Set the tensors named in `arrays`, and the backbone to what they merge into it; other tensors keep their values.
+
+        Factors of a smaller rank than the model's fill its first rows or columns, zeros the rest, and the scaling becomes
+        that of their rank: the rest gets no gradient and stays zero.
+        """
         import torch
 
         self.backbone.set({name: array for name, array in arrays.items() if name.startswith(MERGED)})
         with torch.no_grad():
             for name, array in arrays.items():
-                if not name.startswith(MERGED):
-                    self.parameters[name].copy_(torch.from_numpy(np.array(array)))
+                if name.startswith((MERGED, BESIDE)):
+                    continue
+                parameter = self.parameters[name]
+                if array.shape != tuple(parameter.shape):
+                    parameter.zero_()
+                parameter[tuple(map(slice, array.shape))].copy_(torch.from_numpy(np.array(array)))
+                self._written[name] = array.shape
+        for pair in self._layout.pairs:
+            if pair.A in arrays:
+                self._modules[pair.module].scaling[self.model.active_adapter] = pair.scaling(len(arrays[pair.A]))
+
+    def add_sparse(self, positions: Mapping[str, NDArray[np.int64]]) -> None:
+        """Values at flat `positions` of the weights of modules, zero at first, that training may move: y = W0 x + D x."""
+        import torch
+
+        for module, where in sorted(positions.items()):
+            values = torch.nn.Parameter(torch.zeros(len(where), device=self.base.device))
+            hook = _adds_sparse(values, torch.from_numpy(where).to(self.base.device), self._shape(module))
+            self._modules[module].base_layer.register_forward_hook(hook)
+            self.parameters[sparse_name(module)] = values
+            self._sparse[module] = where
+        if positions:
+            self.trained = tuple(sorted([*self.trained, *map(sparse_name, positions)]))
+            self._layout = self._look()
+
+    def _shape(self, module: str) -> tuple[int, int]:
+        """(d_out, d_in) of an adapted weight, however its layer stores it."""
+        pair = next(pair for pair in self._layout.pairs if pair.module == module)
+        return self._layout.tensors[pair.B].shape[0], self._layout.tensors[pair.A].shape[1]
 
     def train_only(self, names: Collection[str]) -> list[torch.nn.Parameter]:
         """Give gradients to these tensors and to no others; the parameters, in the order of `names`."""
@@ -113,9 +154,20 @@ class Adapted:
         What was merged into the backbone becomes part of the adapter, which is then one exact LoRA of a higher rank.
         """
         self.model.save_pretrained(str(folder))
-        if self.backbone.products:
-            as_higher_rank(folder, self.layout(), self.backbone.products)
+        if products := {**self.backbone.products, **self._sparse_products()}:
+            as_higher_rank(folder, self.layout(), products)
         self.base.tokenizer.save_pretrained(str(folder))
+
+    def _sparse_products(self) -> dict[str, Product]:
+        """What sparse values add to each weight, where they are not zero; of full rank."""
+        found = {}
+        for module, where in self._sparse.items():
+            values = self.parameters[sparse_name(module)].detach().cpu().numpy()
+            if values.any():
+                D = np.zeros(self._shape(module))
+                D.flat[where] = values
+                found[module] = Product(D, np.eye(D.shape[1])).compressed()
+        return found
 
     def _head_wrappers(self) -> list[Any]:
         from peft.utils import ModulesToSaveWrapper
@@ -125,6 +177,18 @@ class Adapted:
     def _head_parameters(self) -> set[int]:
         adapter = self.model.active_adapter
         return {id(p) for wrapper in self._head_wrappers() for p in wrapper.modules_to_save[adapter].parameters()}
+
+
+def _adds_sparse(values: torch.nn.Parameter, where: torch.Tensor, shape: tuple[int, int]) -> Any:
+    """A forward hook: output + x D^T with D zero but for `values` at `where`, in float32."""
+
+    def hook(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        if not values.requires_grad and not values.any():
+            return output
+        D = values.new_zeros(shape[0] * shape[1]).index_put((where,), values).view(shape)
+        return output + (inputs[0].float() @ D.T).to(output.dtype)
+
+    return hook
 
 
 def _as_float32(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

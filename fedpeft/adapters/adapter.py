@@ -23,6 +23,19 @@ class Adapter(Settings):
     def peft_config(self, peft_task: str, also_saved: Sequence[str]) -> Any:
         """The `peft.PeftConfig` of these settings for a PEFT task such as "SEQ_CLS"; `also_saved` modules are trained whole."""
 
+    @property
+    def mixed_ranks(self) -> bool:
+        """Clients may have different ranks."""
+        return False
+
+    def ranks(self, names: Sequence[str], seed: int) -> dict[int, int]:
+        """Client -> its rank, where that may differ from the global adapter's. Raises UserError for a client that is not there."""
+        return {}
+
+    def survey(self) -> Any:
+        """What has to be asked of the clients before round 1 (an object as in training/surveys.py); None: nothing."""
+        return None
+
     def check(self, skeleton: Any, peft_task: str) -> None:
         """Attach to a model without weights. Raises UserError when PEFT refuses, with its reason and the layers there are."""
         import torch

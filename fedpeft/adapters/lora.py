@@ -14,12 +14,15 @@ from typing import Any
 from pydantic import Field
 
 from fedpeft.adapters.adapter import Adapter
+from fedpeft.adapters.ranks import Ranks, deal, highest
 
 
 class Lora(Adapter):
     """Low-rank adaptation: the update of each target matrix is s B A. Averaging A and B is not averaging B A."""
 
-    r: int = Field(8, ge=1, description="rank of the update")
+    r: Ranks = Field(
+        8, description="rank of the update; a list, shares {rank: share}, or {clients: {name: rank}, rest: rank} give clients their own"
+    )
     lora_alpha: float = Field(16, gt=0, description="the update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     use_rslora: bool = Field(False, description="rank-stabilised scaling")
@@ -31,4 +34,14 @@ class Lora(Adapter):
         """PEFT's LoraConfig."""
         from peft import LoraConfig
 
-        return LoraConfig(task_type=peft_task, bias="none", modules_to_save=list(also_saved), **self.model_dump())
+        own = {**self.model_dump(), "r": highest(self.r)}
+        return LoraConfig(task_type=peft_task, bias="none", modules_to_save=list(also_saved), **own)
+
+    @property
+    def mixed_ranks(self) -> bool:
+        """Clients may have different ranks."""
+        return not isinstance(self.r, int)
+
+    def ranks(self, names: Sequence[str], seed: int) -> dict[int, int]:
+        """The rank of each client, where they may differ."""
+        return dict(enumerate(deal(self.r, names, seed))) if self.mixed_ranks else {}

@@ -14,25 +14,35 @@ from fedpeft.records import Arrays, Assignment, Failure, Metrics, Update, merged
 from fedpeft.strategies.strategy import Gradients, Round, Strategy, Turn
 from fedpeft.training import evaluate
 from fedpeft.training.gradients import full_gradients
-from fedpeft.training.job import Job
+from fedpeft.training.job import Job, step_sizes
 
 BREAKS = (RuntimeError, ValueError, IndexError, ArithmeticError)  # what torch and NumPy raise, out of memory included
 
 
 class Worker:
-    """A base with an adapter, kept loaded, and the nodes it works for."""
+    """A base with an adapter, kept loaded, and the nodes it works for. `surveys` are those it agrees to, by their action."""
 
-    def __init__(self, config: Config, adapted: Adapted, task: Any, strategy: Strategy, nodes: Mapping[int, Node]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        adapted: Adapted,
+        task: Any,
+        strategy: Strategy,
+        nodes: Mapping[int, Node],
+        surveys: Mapping[str, Any],
+        clients: int,
+    ) -> None:
         self.config = config
         self.adapted = adapted
         self.task = task
         self.strategy = strategy
         self.nodes = nodes
+        self.surveys = surveys
+        self.clients = clients  # of the whole federation
         self.engine = find("engine", config.training.engine)
-        self.survey = find("head_init", config.training.head_init)()
         self.layout = adapted.layout()
         self.drawn = adapted.read()  # from the seed, like everybody's
-        self.merged: Arrays = {}  # what was merged into the backbone so far, the same for all clients
+        self.kept: Arrays = {}  # what is sent but once: merges into the backbone, and tensors that do not change any more
         self.memory: dict[int, Arrays] = {}  # client -> what the strategy remembers there
 
     @property
@@ -43,10 +53,10 @@ class Worker:
     def answer(self, assignments: Sequence[Assignment]) -> list[Update | Failure]:
         """Do what is asked, in the order asked. What breaks is a Failure with its reason, and the rest goes on."""
         for assignment in assignments:
-            self._keep_merged(assignment)
+            self._keep(assignment)
         refused = {id(a): refusal for a in assignments if (refusal := self._refused(a))}
         trained = iter(self._train([a for a in assignments if a.action == wire.TRAIN and id(a) not in refused]))
-        return [refused.get(id(a)) or (next(trained) if a.action == wire.TRAIN else self._survey(a)) for a in assignments]
+        return [refused.get(id(a)) or (next(trained) if a.action == wire.TRAIN else self._other(a)) for a in assignments]
 
     def _train(self, assignments: Sequence[Assignment]) -> list[Update | Failure]:
         turns = [self._turn(assignment) for assignment in assignments]
@@ -59,66 +69,84 @@ class Worker:
             if isinstance(trained, Failure) or isinstance(job, Failure):
                 answers.append(trained)
                 continue
+            metrics = {"loss": trained.loss, **self._validate(self.strategy.own(turn), self.nodes[job.client])}
             upload, self.memory[job.client] = self.strategy.end(turn, job.start, trained.arrays)
-            metrics = {"loss": trained.loss, **self._validate(turn.received, self.nodes[job.client])}
             answers.append(Update(job.round, job.client, upload, len(job.data), metrics, trained.seconds))
         return answers
 
     def _turn(self, assignment: Assignment) -> Turn:
-        received = {**self.drawn, **self.merged, **assignment.arrays}
-        at = Round(assignment.round, self.config.strategy.num_rounds, self.layout, self.config.seed)
+        received = {**self.drawn, **self.kept, **assignment.arrays}
+        layout = self.layout
+        if layout.pairs and (r := len(received[layout.pairs[0].A])) != layout.tensors[layout.pairs[0].A].shape[0]:
+            layout = layout.cut(r)
+        at = Round(assignment.round, self.config.strategy.num_rounds, layout, self.config.seed, self.clients)
+        data = self.nodes[assignment.client].train
 
         def gradients(arrays: Arrays, batches: int) -> Gradients:
-            data = self.nodes[assignment.client].train
             size = self.config.training.per_device_train_batch_size
             order = seeds.generator(self.config.seed, "gradient", assignment.round, assignment.client).permutation(len(data))
             rows = [order[start : start + size] for start in range(0, len(order), size)][:batches]
             return full_gradients(self.adapted, self.task, arrays, data, rows)
 
-        return Turn(at, received, self.memory.get(assignment.client, {}), gradients)
+        steps = step_sizes(self.config, len(data), assignment.round)
+        return Turn(at, received, self.memory.get(assignment.client, {}), gradients, steps)
 
     def _begin(self, assignment: Assignment, turn: Turn) -> Job | Failure:
         try:
-            start = self.strategy.begin(turn)
+            start, drift = self.strategy.begin(turn), self.strategy.drift(turn)
         except BREAKS as error:
             return Failure(assignment.round, assignment.client, f"beginning broke: {error}")
         names = self.strategy.trains(self.adapted.trained, turn.at)
         data, mu = self.nodes[assignment.client].train, self.strategy.proximal(turn.at)
-        return Job(assignment.client, assignment.round, start, names, data, mu)
+        return Job(assignment.client, assignment.round, start, names, data, mu, drift)
 
     def _refused(self, assignment: Assignment) -> Failure | None:
         """What does not travel must be what the server has: the digest of the tensors this client holds is checked."""
-        held = {name: array for name, array in {**self.drawn, **self.merged}.items() if name not in assignment.arrays}
+        if assignment.action == wire.SECOND:  # a question about the round whose assignment was checked
+            return None
+        held = {name: array for name, array in {**self.drawn, **self.kept}.items() if name not in assignment.arrays}
         mine = arrays.digest(held) if held else ""
         if mine == assignment.held:
             return None
         said = f"holds other frozen tensors than the server (digest {mine[:16] or 'none'}, there {assignment.held[:16] or 'none'})"
         return Failure(assignment.round, assignment.client, f"other seed, library or history: {said}")
 
-    def _keep_merged(self, assignment: Assignment) -> None:
-        """Remember merges for the rounds to come; those of a round that is being played again are forgotten."""
-        kept = {name: array for name, array in self.merged.items() if merged_round(name) < assignment.round}
-        self.merged = kept | {name: array for name, array in assignment.arrays.items() if merged_round(name) >= 0}
+    def _keep(self, assignment: Assignment) -> None:
+        """Remember, for the rounds to come, what is sent but once; merges of a round that is being played again are forgotten."""
+        at = Round(assignment.round, self.config.strategy.num_rounds, self.layout, self.config.seed, self.clients)
+        once = set(self.strategy.once(tuple(self.drawn), at))
+        kept = {name: array for name, array in self.kept.items() if merged_round(name) < assignment.round}
+        self.kept = kept | {name: array for name, array in assignment.arrays.items() if merged_round(name) >= 0 or name in once}
 
-    def _validate(self, received: Arrays, node: Node) -> Metrics:
-        """The received model on the client's own validation examples, if it keeps any."""
+    def _validate(self, own: Arrays, node: Node) -> Metrics:
+        """The client's model on its own validation examples, if it keeps any."""
         if node.validation is None:
             return {}
         batch_size = self.config.training.per_device_eval_batch_size
-        metrics = evaluate.evaluate(self.adapted, self.task, received, node.validation, batch_size)
+        metrics = evaluate.evaluate(self.adapted, self.task, own, node.validation, batch_size)
         return {f"validation_{name}": value for name, value in metrics.items()}
 
-    def _survey(self, assignment: Assignment) -> Update | Failure:
-        """Answer the survey of the config, and no other: a server cannot ask for sums that the client did not agree to."""
-        if not self.survey.asks or assignment.action != self.config.training.head_init:
-            return Failure(assignment.round, assignment.client, f"asked for something else than agreed: {assignment.action[:50]}")
-        node = self.nodes[assignment.client]
-        self.adapted.write({**self.drawn, **self.merged, **assignment.arrays})
+    def _other(self, assignment: Assignment) -> Update | Failure:
+        """A second question of the round, or a survey that the config agrees to; a server cannot ask for anything else."""
         try:
-            sums = self.survey.measure(self.adapted, node.train, self.config.training.per_device_eval_batch_size)
+            if assignment.action == wire.SECOND:
+                arrays = self.strategy.answer(self._turn(assignment), assignment.arrays)
+            elif assignment.action in self.surveys:
+                arrays = self._measure(assignment)
+            else:
+                return Failure(assignment.round, assignment.client, f"asked for something else than agreed: {assignment.action[:50]}")
+        except KeyError as error:
+            return Failure(assignment.round, assignment.client, f"missing memory: {error} is not there; was the client started anew?")
         except BREAKS as error:
-            return Failure(assignment.round, assignment.client, f"survey broke: {error}")
-        return Update(assignment.round, assignment.client, sums, len(node.train))
+            return Failure(assignment.round, assignment.client, f"{assignment.action[:50]} broke: {error}")
+        return Update(assignment.round, assignment.client, arrays, len(self.nodes[assignment.client].train))
+
+    def _measure(self, assignment: Assignment) -> Arrays:
+        self.adapted.write({**self.drawn, **self.kept, **assignment.arrays})
+        sums: Arrays = self.surveys[assignment.action].measure(
+            self.adapted, self.task, self.nodes[assignment.client].train, self.config.training
+        )
+        return sums
 
     def memories(self) -> Arrays:
         """What all clients of this worker remember, as CLIENT/NAME: for the checkpoint of a simulation."""

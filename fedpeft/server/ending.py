@@ -15,7 +15,7 @@ from fedpeft.data.partitions import Partition
 from fedpeft.data.partitions.picture import draw
 from fedpeft.report import write_report
 from fedpeft.runs import read_run
-from fedpeft.server.rounds import Federation, Outcome
+from fedpeft.server.federation import Federation, Outcome
 from fedpeft.server.run_folder import RunFolder
 
 if TYPE_CHECKING:

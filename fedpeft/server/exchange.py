@@ -31,6 +31,10 @@ class Exchange:
     bytes_down: int
     bytes_up: int
 
+    def after(self, other: Exchange) -> Exchange:
+        """These replies, and the bytes of both."""
+        return Exchange(self.replies, self.bytes_down + other.bytes_down, self.bytes_up + other.bytes_up)
+
 
 def exchange(grid: Grid, assignments: Sequence[Assignment], roster: dict[int, int], base: str, timeout: float) -> Exchange:
     """Ask every client of `assignments` (at its node in `roster`) and wait at most `timeout` seconds."""

@@ -9,81 +9,24 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 
 from flwr.serverapp import Grid
 
 from fedpeft import arrays as arithmetic
 from fedpeft import wire
-from fedpeft.config import Config
 from fedpeft.errors import Problem, RunStopped, UserError
-from fedpeft.records import Arrays, Assignment, Failure, Layout, Metrics, RoundRecord, TensorSpec, Update, merged_round
+from fedpeft.records import Assignment, Metrics, RoundRecord, Update
 from fedpeft.screen import Screen
-from fedpeft.server import checkpoint, sampling, validation
+from fedpeft.server import checkpoint, sampling
+from fedpeft.server.asking import Judged, assign, judge
 from fedpeft.server.exchange import Exchange, exchange
+from fedpeft.server.federation import Federation, Outcome
 from fedpeft.server.run_folder import RunFolder
-from fedpeft.strategies.strategy import Round, Strategy
+from fedpeft.strategies.strategy import Round
 
 MAX_EMPTY_ROUNDS = 3  # rounds in a row without enough accepted updates, after which a run stops
-FINISHED = "finished"
-
-
-@dataclass(frozen=True)
-class Survey:
-    """Sums asked of every client before round 1, and what becomes of the global arrays with them."""
-
-    action: str
-    expects: Mapping[str, TensorSpec]  # what an answer looks like
-    finish: Callable[[Arrays], Arrays]  # the sum of all answers -> new values for some of the global arrays
-
-
-@dataclass(frozen=True)
-class Federation:
-    """All that the server's side of a run is made of."""
-
-    config: Config
-    strategy: Strategy
-    base: str  # fingerprint of the base model
-    data: str  # digest of the data, where the server knows it: a resumed run must be on the same
-    layout: Layout
-    arrays: Arrays  # the adapter and head as drawn from the seed
-    trained: tuple[str, ...]
-    evaluate: Callable[[Arrays], Metrics]  # on the server's test split
-    primary_metric: str
-    roster: Callable[[], dict[int, int]]  # client -> Flower node, of those that are there
-    survey: Survey | None = None
-    memories: Callable[[], Arrays] = dict  # what the clients of this process remember, for the checkpoint; real ones keep their own
-    restore: Callable[[Arrays], None] = lambda memories: None
-
-    @property
-    def fewest(self) -> int:
-        """Fewest accepted updates for a round to count."""
-        return max(self.config.strategy.min_train_nodes, self.strategy.fewest)
-
-    def at(self, round: int) -> Round:
-        """What both sides know of a round."""
-        return Round(round, self.config.strategy.num_rounds, self.layout, self.config.seed)
-
-
-@dataclass
-class Outcome:
-    """What a run came to. `stopped_because` is FINISHED or says what ended it early."""
-
-    arrays: Arrays
-    state: Arrays
-    records: list[RoundRecord] = field(default_factory=list)
-    stopped_because: str = FINISHED
-    seen: dict[int, int] = field(default_factory=dict)  # client -> round up to which it holds what was merged into the backbone
-
-
-@dataclass
-class _Judged:
-    """A round's replies after validation."""
-
-    accepted: list[Update] = field(default_factory=list)
-    failed: list[Failure] = field(default_factory=list)
-    norms: dict[str, float] = field(default_factory=dict)
 
 
 def run(federation: Federation, grid: Grid, folder: RunFolder, screen: Screen) -> Outcome:
@@ -139,18 +82,19 @@ def _finish_round(federation: Federation, outcome: Outcome, record: RoundRecord,
 
 
 def _before_training(federation: Federation, grid: Grid, outcome: Outcome) -> RoundRecord:
-    """Round 0: the survey, if the config asks for one, and the metrics before any training."""
+    """Round 0: the surveys, if there are any, and the metrics before any training."""
     started = time.perf_counter()
-    traffic, judged = Exchange([], 0, 0), _Judged()
-    if federation.survey is not None:
+    traffic, judged = Exchange([], 0, 0), Judged()
+    for survey in federation.surveys:
         roster = _wait_for(federation)
-        asked = _assignments(federation, federation.survey.action, sorted(roster), outcome, federation.at(0))
-        traffic = exchange(grid, asked, roster, federation.base, federation.config.strategy.round_timeout)
-        judged = _judge(traffic, federation, federation.survey.expects)
+        asked = assign(federation, survey.action, sorted(roster), outcome, 0)
+        answered = exchange(grid, asked.assignments, roster, federation.base, federation.config.strategy.round_timeout)
+        judged = judge(answered, federation, lambda client, survey=survey: survey.expects)  # type: ignore[misc]
         if not judged.accepted:
             reasons = "; ".join(sorted({failure.reason for failure in judged.failed}))
-            raise RunStopped(f"no client answered the survey {federation.survey.action} before round 1: {reasons}")
-        outcome.arrays = {**outcome.arrays, **federation.survey.finish(arithmetic.total(update.arrays for update in judged.accepted))}
+            raise RunStopped(f"no client answered the survey {survey.action} before round 1: {reasons}")
+        outcome.arrays = {**outcome.arrays, **survey.finish(arithmetic.total(update.arrays for update in judged.accepted))}
+        traffic = answered.after(traffic)
     surveyed = time.perf_counter()
     metrics = federation.evaluate(outcome.arrays)
     seconds = {"exchange": surveyed - started, "evaluate": time.perf_counter() - surveyed}
@@ -164,12 +108,14 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     roster = _wait_for(federation)
     clients = sampling.choose(list(roster), settings.fraction_train, settings.min_train_nodes, federation.config.seed, round)
     received, at = outcome.arrays, federation.at(round)
-    asked = _assignments(federation, wire.TRAIN, clients, outcome, at)
-    traffic = exchange(grid, asked, roster, federation.base, settings.round_timeout)
-    times.append(time.perf_counter())
-    uploaded = {name: federation.layout.tensors[name] for name in federation.strategy.trains(federation.trained, at)}
-    judged = _judge(traffic, federation, uploaded, received)
+    asked = assign(federation, wire.TRAIN, clients, outcome, round)
+    traffic = exchange(grid, asked.assignments, roster, federation.base, settings.round_timeout)
+    judged = judge(
+        traffic, federation, lambda client: federation.strategy.uploads(federation.trained, federation.at(round, client)), received
+    )
     outcome.seen |= {update.client: round - 1 for update in judged.accepted}
+    traffic, judged = _ask_again(federation, grid, roster, at, traffic, judged)
+    times.append(time.perf_counter())
     moved, said = 0.0, {}
     if len(judged.accepted) >= federation.fewest:
         combined = federation.strategy.combine(judged.accepted, received, at)
@@ -179,36 +125,25 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     times.append(time.perf_counter())
     metrics = federation.evaluate(outcome.arrays) if moved else outcome.records[-1].metrics
     times.append(time.perf_counter())
+    if federation.ranks:
+        said = {**said, "left_out_by_rank": sum(asked.left_out.values()) / len(asked.left_out)}
     spent = [end - start for start, end in itertools.pairwise(times)]
     seconds = dict(zip(("exchange", "combine", "evaluate"), spent, strict=True))
     return _record(round, traffic, judged, metrics, moved, seconds, said)
 
 
-def _assignments(federation: Federation, action: str, clients: Sequence[int], outcome: Outcome, at: Round) -> list[Assignment]:
-    """What the strategy sends, with the merges that a client has not seen, and the digest of what it holds already."""
-    plain = federation.strategy.sends([name for name in outcome.arrays if merged_round(name) < 0], at)
-    made: dict[int, tuple[Arrays, str]] = {}
-    for seen in {outcome.seen.get(client, -1) for client in clients}:
-        sent = {name: array for name, array in outcome.arrays.items() if name in plain or merged_round(name) > seen}
-        held = {name: array for name, array in outcome.arrays.items() if name not in sent}
-        made[seen] = sent, arithmetic.digest(held) if held else ""
-    return [Assignment(action, at.number, client, *made[outcome.seen.get(client, -1)]) for client in clients]
-
-
-def _judge(traffic: Exchange, federation: Federation, specs: Mapping[str, TensorSpec], received: Arrays | None = None) -> _Judged:
-    """Validate every reply; with `received`, also how far it moved from there."""
-    judged = _Judged()
-    for reply in traffic.replies:
-        answer = validation.judge(reply, federation.base, specs)
-        if isinstance(answer, Update) and received is not None:
-            norm, reason = validation.movement(answer, received, federation.config.strategy.max_update_norm)
-            judged.norms[str(answer.client)] = norm
-            answer = Failure(answer.round, answer.client, reason) if reason else answer
-        if isinstance(answer, Update):
-            judged.accepted.append(answer)
-        else:
-            judged.failed.append(answer)
-    return judged
+def _ask_again(
+    federation: Federation, grid: Grid, roster: dict[int, int], at: Round, traffic: Exchange, judged: Judged
+) -> tuple[Exchange, Judged]:
+    """The second question of a round, to those whose first answer was accepted; both answers become one update."""
+    if len(judged.accepted) < federation.fewest or not (question := federation.strategy.second(judged.accepted, at)):
+        return traffic, judged
+    first = {update.client: update for update in judged.accepted}
+    asked = [Assignment(wire.SECOND, at.number, client, question) for client in first]
+    answered = exchange(grid, asked, roster, federation.base, federation.config.strategy.round_timeout)
+    again = judge(answered, federation, lambda client: federation.strategy.answers(federation.at(at.number, client)))
+    both = [replace(first[update.client], arrays={**first[update.client].arrays, **update.arrays}) for update in again.accepted]
+    return traffic.after(answered), Judged(both, judged.failed + again.failed, judged.norms)
 
 
 def _wait_for(federation: Federation) -> dict[int, int]:
@@ -233,7 +168,7 @@ def _is_stuck(outcome: Outcome, federation: Federation) -> bool:
 
 
 def _record(
-    round: int, traffic: Exchange, judged: _Judged, metrics: Metrics, moved: float, seconds: dict[str, float], said: Metrics
+    round: int, traffic: Exchange, judged: Judged, metrics: Metrics, moved: float, seconds: dict[str, float], said: Metrics
 ) -> RoundRecord:
     examples = sum(update.examples for update in judged.accepted)
     return RoundRecord(

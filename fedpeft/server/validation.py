@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from fedpeft import arrays, wire
-from fedpeft.records import Arrays, Failure, Layout, TensorSpec, Update, all_finite
+from fedpeft.records import BESIDE, Arrays, Failure, Layout, TensorSpec, Update, all_finite
 from fedpeft.server.exchange import Reply
 
 MAX_EXAMPLES = 10**9  # nobody has more; a larger weight would take over every mean
@@ -54,8 +54,12 @@ def _content(update: Update, specs: Mapping[str, TensorSpec]) -> str | None:
 
 
 def movement(update: Update, received: Arrays, max_norm: float) -> tuple[float, str | None]:
-    """How far a trained update went from what was sent, and why that is not to be believed, if it is not."""
-    norm = arrays.norm(arrays.difference(update.arrays, received))
+    """How far a trained update went from what was sent, and why that is not to be believed, if it is not.
+
+    What was not sent counts from zero.
+    """
+    moved = {name: array for name, array in update.arrays.items() if not name.startswith(BESIDE)}
+    norm = arrays.norm({**moved, **arrays.difference({name: moved[name] for name in moved if name in received}, received)})
     if norm == 0:
         return norm, "did not move: the adapter came back as it was sent (learning rate 0, or nothing to train?)"
     if norm > max_norm:

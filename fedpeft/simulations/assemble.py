@@ -22,6 +22,8 @@ from fedpeft.lookup import find
 from fedpeft.server import sampling
 from fedpeft.strategies.strategy import Strategy
 
+ADAPTER = "adapter"  # the action of the survey that an adapter needs
+
 
 @dataclass(frozen=True)
 class Split:
@@ -40,6 +42,7 @@ class Parts:
     strategy: Strategy
     task: Any
     worker: Worker
+    ranks: dict[int, int]  # client -> rank, where clients have their own
     test: Encoded
     train_truncated: int  # training texts that lost their end
     data_digest: str  # of every client's examples and the test part: a resumed run must see the same
@@ -75,21 +78,29 @@ def assemble(config: Config, check: Callable[[], None] | None = None) -> Parts:
     with problems.gather():
         base.choose_device(config.training)
     strategy: Strategy = config.strategy.build()
+    ranks: dict[int, int] = {}
     if split is not None:
         _check_counts(config, strategy, len(split.partition.indices), problems)
+        with problems.gather():
+            ranks = adapter.ranks(split.partition.names, config.seed)
     problems.raise_if_any()
     assert split is not None
     loaded = base.load(config.model, task, labels, config.training, config.seed)
     adapted = adapter.attach(loaded, task.peft_task, config.seed, train_head=config.training.head == "trained")
     strategy.check(adapted.layout())
+    adapted.add_sparse(strategy.sparse(adapted.layout(), config.seed))
     train = task.encode(split.corpus.train, loaded.tokenizer, config.data.max_length)
     nodes = {
         client: Node.split(client, train.take(rows), config.data.validation_fraction, config.seed)
         for client, rows in enumerate(split.partition.indices)
     }
     test = task.encode(split.corpus.test, loaded.tokenizer, config.data.max_length)
-    worker = Worker(config, adapted, task, strategy, nodes)
-    return Parts(split, adapted, strategy, task, worker, test, train.truncated, _digest([*(node.train for node in nodes.values()), test]))
+    surveys = {config.training.head_init: find("head_init", config.training.head_init)(), ADAPTER: adapter.survey()}
+    agreed = {action: survey for action, survey in surveys.items() if survey and survey.asks}
+    worker = Worker(config, adapted, task, strategy, nodes, agreed, len(nodes))
+    return Parts(
+        split, adapted, strategy, task, worker, ranks, test, train.truncated, _digest([*(node.train for node in nodes.values()), test])
+    )
 
 
 def _check_counts(config: Config, strategy: Strategy, clients: int, problems: Problems) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from fedpeft.records import Arrays, Metrics
 from fedpeft.screen import Screen, choose
 from fedpeft.server import rounds
 from fedpeft.server.ending import end
+from fedpeft.server.federation import Federation, Survey
 from fedpeft.server.run_folder import RunFolder
 from fedpeft.simulations.assemble import Parts, assemble
 from fedpeft.training.evaluate import evaluate
@@ -84,28 +86,30 @@ def _facts(parts: Parts, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int]]) -> rounds.Federation:
-    layout = parts.adapted.layout()
-    head_init = parts.worker.survey
-    survey = None
-    if head_init.asks:
-        survey = rounds.Survey(config.training.head_init, head_init.expects(layout), lambda total: head_init.finish(total, layout))
+def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int]]) -> Federation:
+    layout, drawn = parts.adapted.layout(), parts.adapted.read()
+    surveys = [
+        Survey(action, survey.expects(layout), functools.partial(survey.finish, layout=layout))
+        for action, survey in parts.worker.surveys.items()
+    ]
 
     def measure(arrays: Arrays) -> Metrics:
         return evaluate(parts.adapted, parts.task, arrays, parts.test, config.training.per_device_eval_batch_size)
 
-    return rounds.Federation(
+    return Federation(
         config=config,
         strategy=parts.strategy,
         base=parts.adapted.base.fingerprint,
         data=parts.data_digest,
         layout=layout,
-        arrays=parts.adapted.read(),
+        arrays={**drawn, **parts.strategy.extras(drawn)},
         trained=parts.adapted.trained,
         evaluate=measure,
         primary_metric=parts.task.primary_metric,
         roster=roster,
-        survey=survey,
+        clients=len(parts.worker.nodes),
+        ranks=parts.ranks,
+        surveys=tuple(surveys),
         memories=parts.worker.memories,
         restore=parts.worker.restore,
     )

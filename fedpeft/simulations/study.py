@@ -26,7 +26,7 @@ from fedpeft.quiet import quiet_libraries
 from fedpeft.records import RoundRecord
 from fedpeft.runs import Run, read_run
 from fedpeft.screen import Facts, Screen, choose
-from fedpeft.server.rounds import FINISHED
+from fedpeft.server.federation import FINISHED
 from fedpeft.server.run_folder import RunFolder
 from fedpeft.simulations.assemble import deal
 from fedpeft.simulations.run import simulate

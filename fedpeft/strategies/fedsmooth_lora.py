@@ -31,6 +31,7 @@ from fedpeft.errors import Problem, UserError
 from fedpeft.products import Product, leading
 from fedpeft.records import Arrays, Layout, Pair, Update, merge_names, merged_module, merged_round
 from fedpeft.strategies import aggregation
+from fedpeft.strategies.fitting import padded
 from fedpeft.strategies.strategy import Combined, Round, Strategy, Turn
 
 
@@ -130,10 +131,3 @@ class FedSmoothLora(Strategy):
             dtype = received[pair.A].dtype
             arrays |= {left: best.left.astype(dtype), right: best.right.astype(dtype)}
         return Combined(arrays, aggregation.error(updates, arrays, received, at.layout))
-
-
-def padded(factor: NDArray[Any], like: NDArray[Any]) -> NDArray[Any]:
-    """`factor` in the shape and dtype of `like`, zeros where a product has less rank than the adapter."""
-    whole = np.zeros_like(like)
-    whole[: factor.shape[0], : factor.shape[1]] = factor
-    return whole

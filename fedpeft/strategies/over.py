@@ -5,16 +5,18 @@ A pair that means nothing is refused when the config is read, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from fedpeft.errors import UserError
 from fedpeft.lookup import find
-from fedpeft.records import Arrays, Layout, Update
+from fedpeft.records import Arrays, Layout, TensorSpec, Update
 from fedpeft.strategies.strategy import Combined, Round, Strategy, Turn
 
 
@@ -49,6 +51,10 @@ class Over(Strategy):
         """As the inner strategy."""
         return self.inner.fewest
 
+    def check_config(self, config: Any, adapter: Any) -> None:
+        """As the inner strategy."""
+        self.inner.check_config(config, adapter)
+
     def check(self, layout: Layout) -> None:
         """As the inner strategy."""
         self.inner.check(layout)
@@ -57,21 +63,65 @@ class Over(Strategy):
         """As the inner strategy."""
         return self.inner.sends(names, at)
 
+    def once(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
+        """As the inner strategy."""
+        return self.inner.once(names, at)
+
+    def fit(self, arrays: Arrays, layout: Layout, own: Layout) -> tuple[Arrays, float]:
+        """As the inner strategy."""
+        return self.inner.fit(arrays, layout, own)
+
+    def sparse(self, layout: Layout, seed: int) -> Mapping[str, NDArray[np.int64]]:
+        """As the inner strategy."""
+        return self.inner.sparse(layout, seed)
+
+    def extras(self, arrays: Arrays) -> Arrays:
+        """As the inner strategy."""
+        return self.inner.extras(arrays)
+
+    def start(self, arrays: Arrays) -> Arrays:
+        """As the inner strategy."""
+        return self.inner.start(arrays)
+
     def trains(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
         """As the inner strategy."""
         return self.inner.trains(names, at)
+
+    def uploads(self, names: Sequence[str], at: Round) -> dict[str, TensorSpec]:
+        """As the inner strategy."""
+        return self.inner.uploads(names, at)
 
     def proximal(self, at: Round) -> float:
         """As the inner strategy."""
         return self.inner.proximal(at)
 
+    def own(self, turn: Turn) -> Arrays:
+        """As the inner strategy."""
+        return self.inner.own(turn)
+
     def begin(self, turn: Turn) -> Arrays:
         """As the inner strategy."""
         return self.inner.begin(turn)
 
+    def drift(self, turn: Turn) -> Arrays:
+        """As the inner strategy."""
+        return self.inner.drift(turn)
+
     def end(self, turn: Turn, start: Arrays, trained: Arrays) -> tuple[Arrays, Arrays]:
         """As the inner strategy."""
         return self.inner.end(turn, start, trained)
+
+    def answer(self, turn: Turn, asked: Arrays) -> Arrays:
+        """As the inner strategy."""
+        return self.inner.answer(turn, asked)
+
+    def second(self, updates: Sequence[Update], at: Round) -> Arrays:
+        """As the inner strategy."""
+        return self.inner.second(updates, at)
+
+    def answers(self, at: Round) -> dict[str, TensorSpec]:
+        """As the inner strategy."""
+        return self.inner.answers(at)
 
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
         """As the inner strategy."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,7 +11,9 @@ from fedpeft import seeds
 from fedpeft.config import Config
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.examples import Indices
+from fedpeft.lookup import find
 from fedpeft.records import Arrays
+from fedpeft.training import schedules
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Job:
     names: tuple[str, ...]  # those that train
     data: Encoded
     proximal: float = 0.0  # mu of the pull towards `start`
+    drift: Arrays = field(default_factory=dict)  # added to the gradients of the tensors it names, in every step
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,18 @@ class Trained:
 def local_steps(config: Config, examples: int) -> int:
     """Optimiser steps of a client with so many examples in one round."""
     return math.ceil(_local_batches(config, examples) / config.training.gradient_accumulation_steps)
+
+
+def rates(config: Config, examples: int, round: int) -> list[float]:
+    """The learning rate of every step of a client with so many examples in `round`: one schedule over the whole run."""
+    training, steps = config.training, local_steps(config, examples)
+    schedule, before, total = find("schedule", training.lr_scheduler_type), (round - 1) * steps, config.strategy.num_rounds * steps
+    return [training.learning_rate * schedules.factor(schedule, before + step, total, training.warmup_ratio) for step in range(steps)]
+
+
+def step_sizes(config: Config, examples: int, round: int) -> float:
+    """The sum of `rates`: with plain SGD, how far a unit gradient moves the client in `round`."""
+    return sum(rates(config, examples, round))
 
 
 def _local_batches(config: Config, examples: int) -> int:

@@ -1,6 +1,6 @@
 """The reference engine: one client at a time, stock Transformers and PEFT, written to be read.
 
-A step of client k:   L = mean over the records of the step's batches;   g = clip(grad L) + mu (theta - theta_start);   optimiser
+A step of client k:   L = mean over the records of the step's batches;   g = clip(grad L) + mu (theta - theta_start) + drift;   optimiser
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from fedpeft.adapters.adapted import Adapted
 from fedpeft.config import Config
 from fedpeft.lookup import find
 from fedpeft.records import Failure
-from fedpeft.training import schedules
-from fedpeft.training.job import Job, Trained, batches
+from fedpeft.training.job import Job, Trained, batches, rates
 
 
 def train(adapted: Adapted, task: Any, config: Config, jobs: Sequence[Job]) -> list[Trained | Failure]:
@@ -38,15 +37,12 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
     adapted.write(job.start)
     parameters = adapted.train_only(job.names)
     optimizer = find("optimizer", training.optimizer)(parameters, training.learning_rate, training.weight_decay)
-    schedule = find("schedule", training.lr_scheduler_type)
-    steps = batches(config, job)
-    before, total = (job.round - 1) * len(steps), config.strategy.num_rounds * len(steps)
+    drifts = [(adapted.parameters[name], torch.from_numpy(job.drift[name]).to(adapted.base.device)) for name in sorted(job.drift)]
     losses: list[float] = []
     anchors = [parameter.detach().clone() for parameter in parameters] if job.proximal else []
     adapted.model.train()
     with seeds.torch_seed(seeds.derive(config.seed, "dropout", job.round, job.client), adapted.base.device):
-        for step, parts in enumerate(steps):
-            rate = training.learning_rate * schedules.factor(schedule, before + step, total, training.warmup_ratio)
+        for rate, parts in zip(rates(config, len(job.data), job.round), batches(config, job), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
@@ -63,8 +59,10 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
                 for parameter, anchor in zip(parameters, anchors, strict=True):
                     assert parameter.grad is not None
                     parameter.grad.add_(parameter.detach() - anchor, alpha=job.proximal)
+            for parameter, drift in drifts:
+                assert parameter.grad is not None
+                parameter.grad.add_(drift)
             optimizer.step()
             losses.append(loss)
     optimizer.zero_grad()
-    arrays = {name: adapted.parameters[name].detach().to("cpu").numpy().copy() for name in job.names}
-    return Trained(arrays, sum(losses) / len(losses), len(steps), time.perf_counter() - started)
+    return Trained(adapted.read(job.names), sum(losses) / len(losses), len(losses), time.perf_counter() - started)

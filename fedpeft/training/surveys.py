@@ -6,11 +6,12 @@ private data and travels without noise: under differential privacy it has to be 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from fedpeft.adapters.adapted import Adapted
+from fedpeft.config import TrainingSection
 from fedpeft.data.encoded import Encoded
 from fedpeft.lookup import Settings
 from fedpeft.records import Arrays, Layout, TensorSpec
@@ -46,11 +47,11 @@ class ClassStatistics(Settings):
         shapes: dict[str, tuple[int, ...]] = {"counts": (classes,), "sums": (classes, features), "squares": (features, features)}
         return {name: TensorSpec(shape, "float64") for name, shape in shapes.items()}
 
-    def measure(self, adapted: Adapted, data: Encoded, batch_size: int) -> Arrays:
+    def measure(self, adapted: Adapted, task: Any, data: Encoded, training: TrainingSection) -> Arrays:
         """One client's sums in float64: counts [classes], sums [classes, features], squares [features, features]."""
         hook = adapted.output_layer().register_forward_hook(lambda layer, inputs, output: inputs[0])
         try:
-            h = evaluate.logits(adapted, data, batch_size).astype(np.float64)  # [examples, features]
+            h = evaluate.logits(adapted, data, training.per_device_eval_batch_size).astype(np.float64)  # [examples, features]
         finally:
             hook.remove()
         member = np.eye(data.label_count)[data.labels]  # [examples, classes]

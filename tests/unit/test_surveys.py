@@ -5,10 +5,13 @@ import pytest
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from fedpeft.arrays import total
+from fedpeft.config import TrainingSection
 from fedpeft.data.encoded import Encoded
 from fedpeft.simulations.assemble import assemble
 from fedpeft.training import evaluate
 from fedpeft.training.surveys import ClassStatistics
+
+TRAINING = TrainingSection(per_device_eval_batch_size=8)
 
 
 def features(adapted, data):
@@ -37,8 +40,8 @@ def everything(parts) -> Encoded:
 
 def test_sums_of_clients_are_the_sums_of_all_rows(parts):
     survey = ClassStatistics()
-    federated = total(survey.measure(parts.adapted, node.train, 8) for node in parts.worker.nodes.values())
-    central = survey.measure(parts.adapted, everything(parts), 8)
+    federated = total(survey.measure(parts.adapted, parts.task, node.train, TRAINING) for node in parts.worker.nodes.values())
+    central = survey.measure(parts.adapted, parts.task, everything(parts), TRAINING)
     for name in central:
         np.testing.assert_allclose(federated[name], central[name], rtol=1e-5, atol=1e-5)
 
@@ -46,7 +49,7 @@ def test_sums_of_clients_are_the_sums_of_all_rows(parts):
 def test_statistics_are_those_of_the_features(parts):
     data = everything(parts)
     h = features(parts.adapted, data).astype(np.float64)
-    sums = ClassStatistics().measure(parts.adapted, data, 8)
+    sums = ClassStatistics().measure(parts.adapted, parts.task, data, TRAINING)
     np.testing.assert_allclose(sums["squares"], h.T @ h, rtol=1e-4, atol=1e-5)
     for code in range(3):
         np.testing.assert_allclose(sums["sums"][code], h[data.labels == code].sum(axis=0), rtol=1e-4, atol=1e-4)
@@ -101,5 +104,5 @@ def test_a_far_away_origin_changes_no_logit():
 
 def test_measuring_leaves_the_model_as_it_was(parts):
     before = evaluate.logits(parts.adapted, parts.test, 8)
-    ClassStatistics().measure(parts.adapted, everything(parts), 8)
+    ClassStatistics().measure(parts.adapted, parts.task, everything(parts), TRAINING)
     assert np.array_equal(before, evaluate.logits(parts.adapted, parts.test, 8))

@@ -1,0 +1,71 @@
+"""What each client is sent in a round, and what becomes of the answers: the checks of validation.py for one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedpeft import arrays as arithmetic
+from fedpeft.records import BESIDE, Arrays, Assignment, Failure, TensorSpec, Update, merged_round
+from fedpeft.server import validation
+from fedpeft.server.exchange import Exchange
+from fedpeft.server.federation import Federation, Outcome
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The assignments of a round, and how much of the global product a client of smaller rank could not be sent."""
+
+    assignments: list[Assignment]
+    left_out: dict[int, float] = field(default_factory=dict)  # client -> relative error
+
+
+@dataclass
+class Judged:
+    """A round's replies after validation."""
+
+    accepted: list[Update] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
+    norms: dict[str, float] = field(default_factory=dict)
+
+
+def assign(federation: Federation, action: str, clients: Sequence[int], outcome: Outcome, round: int) -> Asked:
+    """What the strategy sends, with what a client has not seen yet, and the digest of what it holds already."""
+    at = federation.at(round)
+    own = [name for name in outcome.arrays if merged_round(name) < 0 and not name.startswith(BESIDE)]
+    every = {*federation.strategy.sends(own, at), *(name for name in outcome.arrays if name.startswith(BESIDE))}
+    first = {*federation.strategy.once(own, at)}
+    made: dict[tuple[int, int | None], tuple[Arrays, str, float]] = {}
+    asked = Asked([])
+    for client in clients:
+        seen, rank = outcome.seen.get(client, -1), federation.ranks.get(client)
+        if (seen, rank) not in made:
+            names = every | (first if seen < 0 else set()) | {name for name in outcome.arrays if merged_round(name) > seen}
+            held = {name: array for name, array in outcome.arrays.items() if name not in names}
+            fitted, left_out = outcome.arrays, 0.0
+            if rank is not None:
+                fitted, left_out = federation.strategy.fit(outcome.arrays, federation.layout, federation.at(round, client).layout)
+            sent = {name: array for name, array in fitted.items() if name in names}
+            made[seen, rank] = sent, arithmetic.digest(held) if held else "", left_out
+        sent, digest, asked.left_out[client] = made[seen, rank]
+        asked.assignments.append(Assignment(action, round, client, sent, digest))
+    return asked
+
+
+def judge(
+    traffic: Exchange, federation: Federation, specs: Callable[[int], Mapping[str, TensorSpec]], received: Arrays | None = None
+) -> Judged:
+    """Validate every reply; with `received`, also how far it moved from there."""
+    judged = Judged()
+    for reply in traffic.replies:
+        answer = validation.judge(reply, federation.base, specs(reply.asked.client))
+        if isinstance(answer, Update) and received is not None:
+            start = {**received, **reply.asked.arrays}
+            norm, reason = validation.movement(answer, start, federation.config.strategy.max_update_norm)
+            judged.norms[str(answer.client)] = norm
+            answer = Failure(answer.round, answer.client, reason) if reason else answer
+        if isinstance(answer, Update):
+            judged.accepted.append(answer)
+        else:
+            judged.failed.append(answer)
+    return judged

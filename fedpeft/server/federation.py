@@ -1,0 +1,64 @@
+"""What the server's side of a run is made of, and what it comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from fedpeft.config import Config
+from fedpeft.records import Arrays, Layout, Metrics, RoundRecord, TensorSpec
+from fedpeft.strategies.strategy import Round, Strategy
+
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Sums asked of every client before round 1, and what becomes of the global arrays with them."""
+
+    action: str
+    expects: Mapping[str, TensorSpec]  # what an answer looks like
+    finish: Callable[[Arrays], Arrays]  # the sum of all answers -> new values for some of the global arrays
+
+
+@dataclass(frozen=True)
+class Federation:
+    """All that a run needs to know on the server."""
+
+    config: Config
+    strategy: Strategy
+    base: str  # fingerprint of the base model
+    data: str  # digest of the data, where the server knows it: a resumed run must be on the same
+    layout: Layout
+    arrays: Arrays  # the adapter and head as drawn from the seed
+    trained: tuple[str, ...]
+    evaluate: Callable[[Arrays], Metrics]  # on the server's test split
+    primary_metric: str
+    roster: Callable[[], dict[int, int]]  # client -> Flower node, of those that are there
+    clients: int  # that belong to the federation
+    ranks: Mapping[int, int] = field(default_factory=dict)  # client -> rank, where it is not that of the layout
+    surveys: tuple[Survey, ...] = ()  # in the order in which they are taken
+    memories: Callable[[], Arrays] = dict  # what the clients of this process remember, for the checkpoint; real ones keep their own
+    restore: Callable[[Arrays], None] = lambda memories: None
+
+    @property
+    def fewest(self) -> int:
+        """Fewest accepted updates for a round to count."""
+        return max(self.config.strategy.min_train_nodes, self.strategy.fewest)
+
+    def at(self, round: int, client: int | None = None) -> Round:
+        """What both sides know of a round; with `client`, as that client knows it."""
+        r = None if client is None else self.ranks.get(client)
+        layout = self.layout if r is None else self.layout.cut(r)
+        return Round(round, self.config.strategy.num_rounds, layout, self.config.seed, self.clients)
+
+
+@dataclass
+class Outcome:
+    """What a run came to. `stopped_because` is FINISHED or says what ended it early."""
+
+    arrays: Arrays
+    state: Arrays
+    records: list[RoundRecord] = field(default_factory=list)
+    stopped_because: str = FINISHED
+    seen: dict[int, int] = field(default_factory=dict)  # client -> round up to which it holds what was merged into the backbone
