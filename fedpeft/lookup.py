@@ -31,6 +31,12 @@ TABLES: dict[str, dict[str, str]] = {
         "flex_lora": "fedpeft.strategies.flex_lora:FlexLora",
         "ro_lora": "fedpeft.strategies.ro_lora:RoLora",
         "fed_svd": "fedpeft.strategies.fed_svd:FedSvd",
+        "het_lora": "fedpeft.strategies.het_lora:HetLora",
+        "fedsa_lora": "fedpeft.strategies.fedsa_lora:FedsaLora",
+        "fed_sb": "fedpeft.strategies.fed_sb:FedSb",
+        "fed_ask": "fedpeft.strategies.fed_ask:FedAsk",
+        "slora": "fedpeft.strategies.slora:Slora",
+        "scaffold": "fedpeft.strategies.scaffold:Scaffold",
         "fedprox": "fedpeft.strategies.fedprox:FedProx",
         "fedavgm": "fedpeft.strategies.server_optimizers:FedAvgM",
         "fedadam": "fedpeft.strategies.server_optimizers:FedAdam",
@@ -43,6 +49,7 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "adapter": {
         "lora": "fedpeft.adapters.lora:Lora",
+        "lora_sb": "fedpeft.adapters.lora_sb:LoraSb",
     },
     "partitioner": {
         "iid": "fedpeft.data.partitions.iid:iid",

@@ -39,6 +39,7 @@ class Pair:
     s: float  # PEFT's own `scaling`: alpha / r, or alpha / sqrt(r) with rsLoRA
     r: int = 0  # the rank that `s` belongs to; 0 where all clients have the same
     power: float = 1.0  # s is alpha / r**power
+    core: str | None = None  # name of an [r, r] tensor between the factors: the update is s * B @ core @ A
 
     def scaling(self, r: int) -> float:
         """s of a client whose rank is `r`."""

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.adapters.backbone import Backbone, as_higher_rank
+from fedpeft.adapters.rank_space import CORE, fold
 from fedpeft.errors import Problem, UserError
 from fedpeft.products import Product
 from fedpeft.records import BESIDE, MERGED, Arrays, Layout, Pair, sparse_name
@@ -75,7 +76,8 @@ class Adapted:
             if name.endswith(A_FACTOR):
                 module = name.removesuffix(A_FACTOR)
                 scaling = float(self._modules[module].scaling[self.model.active_adapter])
-                pairs.append(Pair(module, A=name, B=module + B_FACTOR, s=scaling, r=len(parameter), power=power))
+                core = module + CORE if module + CORE in self.parameters else None
+                pairs.append(Pair(module, A=name, B=module + B_FACTOR, s=scaling, r=len(parameter), power=power, core=core))
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         output = self.output_layer() if self.head else None
         return Layout(
@@ -156,6 +158,8 @@ class Adapted:
         self.model.save_pretrained(str(folder))
         if products := {**self.backbone.products, **self._sparse_products()}:
             as_higher_rank(folder, self.layout(), products)
+        if any(pair.core for pair in self._layout.pairs):
+            fold(folder, self._layout)
         self.base.tokenizer.save_pretrained(str(folder))
 
     def _sparse_products(self) -> dict[str, Product]:

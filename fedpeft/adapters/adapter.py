@@ -36,6 +36,9 @@ class Adapter(Settings):
         """What has to be asked of the clients before round 1 (an object as in training/surveys.py); None: nothing."""
         return None
 
+    def complete(self, model: Any) -> None:
+        """What PEFT's model needs besides, drawn from torch's generator; nothing by default."""
+
     def check(self, skeleton: Any, peft_task: str) -> None:
         """Attach to a model without weights. Raises UserError when PEFT refuses, with its reason and the layers there are."""
         import torch
@@ -56,4 +59,5 @@ class Adapter(Settings):
 
         with seeds.torch_seed(seeds.derive(seed, "adapter"), base.device):
             model = get_peft_model(base.model, self.peft_config(peft_task, base.fresh), autocast_adapter_dtype=True)
+            self.complete(model)
         return Adapted(base, model, train_head)

@@ -97,8 +97,8 @@ class Worker:
         except BREAKS as error:
             return Failure(assignment.round, assignment.client, f"beginning broke: {error}")
         names = self.strategy.trains(self.adapted.trained, turn.at)
-        data, mu = self.nodes[assignment.client].train, self.strategy.proximal(turn.at)
-        return Job(assignment.client, assignment.round, start, names, data, mu, drift)
+        data, mu, tail = self.nodes[assignment.client].train, self.strategy.proximal(turn.at), self.strategy.tail(turn.at)
+        return Job(assignment.client, assignment.round, start, names, data, mu, tail, drift)
 
     def _refused(self, assignment: Assignment) -> Failure | None:
         """What does not travel must be what the server has: the digest of the tensors this client holds is checked."""

@@ -32,8 +32,8 @@ class Judged:
 def assign(federation: Federation, action: str, clients: Sequence[int], outcome: Outcome, round: int) -> Asked:
     """What the strategy sends, with what a client has not seen yet, and the digest of what it holds already."""
     at = federation.at(round)
-    own = [name for name in outcome.arrays if merged_round(name) < 0 and not name.startswith(BESIDE)]
-    every = {*federation.strategy.sends(own, at), *(name for name in outcome.arrays if name.startswith(BESIDE))}
+    own = [name for name in outcome.arrays if merged_round(name) < 0]
+    every = set(federation.strategy.sends(own, at))
     first = {*federation.strategy.once(own, at)}
     made: dict[tuple[int, int | None], tuple[Arrays, str, float]] = {}
     asked = Asked([])
@@ -41,7 +41,7 @@ def assign(federation: Federation, action: str, clients: Sequence[int], outcome:
         seen, rank = outcome.seen.get(client, -1), federation.ranks.get(client)
         if (seen, rank) not in made:
             names = every | (first if seen < 0 else set()) | {name for name in outcome.arrays if merged_round(name) > seen}
-            held = {name: array for name, array in outcome.arrays.items() if name not in names}
+            held = {name: array for name, array in outcome.arrays.items() if name not in names and not name.startswith(BESIDE)}
             fitted, left_out = outcome.arrays, 0.0
             if rank is not None:
                 fitted, left_out = federation.strategy.fit(outcome.arrays, federation.layout, federation.at(round, client).layout)

@@ -13,6 +13,7 @@ from fedpeft.data import partitions
 from fedpeft.data.corpus import Corpus
 from fedpeft.data.partitions import Partition
 from fedpeft.data.partitions.picture import draw
+from fedpeft.records import Arrays
 from fedpeft.report import write_report
 from fedpeft.runs import read_run
 from fedpeft.server.federation import Federation, Outcome
@@ -28,8 +29,12 @@ def end(
     federation: Federation, outcome: Outcome, adapted: Adapted, corpus: Corpus, partition: Partition, folder: RunFolder
 ) -> dict[str, Any]:
     """Write adapter, summary, pictures and report; the summary."""
-    adapted.write(outcome.arrays)
+    reported = federation.reported(outcome.arrays)
+    adapted.write(reported)
     adapted.save(folder.adapter)
+    for client, memory in personal(federation).items():
+        adapted.write({**reported, **memory})
+        adapted.save(folder.personal(client))
     summary = summarise(federation, outcome, adapted, corpus.train.label_names)
     folder.write_summary(summary)
     if corpus.train.labels is not None:
@@ -39,6 +44,15 @@ def end(
     curves(run, folder.path / "curves.png")
     write_report([run], folder.path)
     return summary
+
+
+def personal(federation: Federation) -> dict[str, Arrays]:
+    """Client -> the part of its model that stayed with it, where the strategy is personal and the clients are at hand."""
+    found: dict[str, Arrays] = {}
+    for key, array in (federation.memories() if federation.strategy.personal else {}).items():
+        client, _, name = key.partition("/")
+        found.setdefault(client, {})[name] = array
+    return found
 
 
 def summarise(federation: Federation, outcome: Outcome, adapted: Adapted, labels: Sequence[str]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Federation:
     clients: int  # that belong to the federation
     ranks: Mapping[int, int] = field(default_factory=dict)  # client -> rank, where it is not that of the layout
     surveys: tuple[Survey, ...] = ()  # in the order in which they are taken
+    reported: Callable[[Arrays], Arrays] = lambda arrays: arrays  # what is evaluated and exported, where no global model exists
     memories: Callable[[], Arrays] = dict  # what the clients of this process remember, for the checkpoint; real ones keep their own
     restore: Callable[[Arrays], None] = lambda memories: None
 

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from fedpeft import arrays as arithmetic
 from fedpeft import wire
 from fedpeft.errors import Problem, RunStopped, UserError
-from fedpeft.records import Assignment, Metrics, RoundRecord, Update
+from fedpeft.records import Arrays, Assignment, Metrics, RoundRecord, Update
 from fedpeft.screen import Screen
 from fedpeft.server import checkpoint, sampling
 from fedpeft.server.asking import Judged, assign, judge
@@ -114,11 +114,13 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
         traffic, federation, lambda client: federation.strategy.uploads(federation.trained, federation.at(round, client)), received
     )
     outcome.seen |= {update.client: round - 1 for update in judged.accepted}
-    traffic, judged = _ask_again(federation, grid, roster, at, traffic, judged)
+    question = federation.strategy.second(judged.accepted, at) if len(judged.accepted) >= federation.fewest else {}
+    if question:
+        traffic, judged = _ask_again(federation, grid, roster, question, traffic, judged, at)
     times.append(time.perf_counter())
     moved, said = 0.0, {}
     if len(judged.accepted) >= federation.fewest:
-        combined = federation.strategy.combine(judged.accepted, received, at)
+        combined = federation.strategy.combine(judged.accepted, {**received, **question}, at)
         outcome.arrays, outcome.state = federation.strategy.apply(received, combined.arrays, outcome.state)
         said = combined.report
         moved = arithmetic.norm(arithmetic.difference({name: outcome.arrays[name] for name in received}, received))
@@ -133,11 +135,9 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
 
 
 def _ask_again(
-    federation: Federation, grid: Grid, roster: dict[int, int], at: Round, traffic: Exchange, judged: Judged
+    federation: Federation, grid: Grid, roster: dict[int, int], question: Arrays, traffic: Exchange, judged: Judged, at: Round
 ) -> tuple[Exchange, Judged]:
     """The second question of a round, to those whose first answer was accepted; both answers become one update."""
-    if len(judged.accepted) < federation.fewest or not (question := federation.strategy.second(judged.accepted, at)):
-        return traffic, judged
     first = {update.client: update for update in judged.accepted}
     asked = [Assignment(wire.SECOND, at.number, client, question) for client in first]
     answered = exchange(grid, asked, roster, federation.base, federation.config.strategy.round_timeout)

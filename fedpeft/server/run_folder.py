@@ -25,6 +25,10 @@ class RunFolder:
         """A plain PEFT folder."""
         return self.path / "adapter"
 
+    def personal(self, client: str) -> pathlib.Path:
+        """A plain PEFT folder of one client's own model, where the strategy has such."""
+        return self.path / "personal" / client
+
     @property
     def checkpoint(self) -> pathlib.Path:
         """What `--resume` reads."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from fedpeft.arrays import weighted_mean
 from fedpeft.config import Config
 from fedpeft.errors import Problem, UserError
 from fedpeft.lookup import find
@@ -93,8 +94,12 @@ def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int
         for action, survey in parts.worker.surveys.items()
     ]
 
+    def reported(arrays: Arrays) -> Arrays:
+        mine = [(len(parts.worker.nodes[client].train), memory) for client, memory in parts.worker.memory.items()]
+        return {**arrays, **weighted_mean(mine, like=mine[0][1])} if parts.strategy.personal and mine else arrays
+
     def measure(arrays: Arrays) -> Metrics:
-        return evaluate(parts.adapted, parts.task, arrays, parts.test, config.training.per_device_eval_batch_size)
+        return evaluate(parts.adapted, parts.task, reported(arrays), parts.test, config.training.per_device_eval_batch_size)
 
     return Federation(
         config=config,
@@ -110,6 +115,7 @@ def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int
         clients=len(parts.worker.nodes),
         ranks=parts.ranks,
         surveys=tuple(surveys),
+        reported=reported,
         memories=parts.worker.memories,
         restore=parts.worker.restore,
     )

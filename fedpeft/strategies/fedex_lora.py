@@ -20,6 +20,7 @@ import numpy as np
 from fedpeft.products import Product
 from fedpeft.records import Arrays, Update, merge_names
 from fedpeft.strategies import aggregation
+from fedpeft.strategies.fitting import raised
 from fedpeft.strategies.strategy import Combined, Round, Strategy
 
 
@@ -29,9 +30,11 @@ class FedexLora(Strategy):
     of_factors: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
+    mixed_ranks: ClassVar[bool] = True
 
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
         """The weighted means, and the residual to be merged."""
+        plain, updates = updates, [raised(update, at.layout) for update in updates]
         arrays = aggregation.mean(updates)
         p = aggregation.shares(updates)
         for pair in at.layout.pairs if len(updates) > 1 else ():
@@ -44,4 +47,4 @@ class FedexLora(Strategy):
             names = merge_names(at.number, pair.module)
             dtype = arrays[pair.A].dtype
             arrays |= {names[0]: residual.left.astype(dtype), names[1]: residual.right.astype(dtype)}
-        return Combined(arrays, aggregation.error(updates, arrays, received, at.layout))
+        return Combined(arrays, aggregation.error(plain, arrays, received, at.layout))

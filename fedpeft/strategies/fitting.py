@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.products import Product, relative_error
-from fedpeft.records import Arrays, Layout
+from fedpeft.records import Arrays, Layout, Update
 
 
 def fitted(arrays: Arrays, layout: Layout, own: Layout) -> tuple[Arrays, float]:
@@ -30,6 +31,17 @@ def fitted(arrays: Arrays, layout: Layout, own: Layout) -> tuple[Arrays, float]:
         balance = np.sqrt(mine.s)
         arrays |= {pair.A: padded(cut.right / balance, A[:r]), pair.B: padded(cut.left / balance, B[:, :r])}
     return arrays, float(np.mean(left_out)) if left_out else 0.0
+
+
+def raised(update: Update, layout: Layout) -> Update:
+    """A client's update with factors of the global rank: zeros for the rest, scaled so that the global s gives its own product."""
+    arrays = dict(update.arrays)
+    for pair in layout.pairs:
+        A, B = arrays[pair.A], arrays[pair.B]
+        rows, root = layout.tensors[pair.A].shape[0], (pair.scaling(len(A)) / pair.s) ** 0.5
+        arrays[pair.A] = padded(root * A, np.zeros((rows, A.shape[1]), A.dtype))
+        arrays[pair.B] = padded(root * B, np.zeros((B.shape[0], rows), B.dtype))
+    return replace(update, arrays=arrays)
 
 
 def padded(factor: NDArray[Any], like: NDArray[Any]) -> NDArray[Any]:

@@ -25,12 +25,13 @@ class FlexLora(Strategy):
 
     of_factors: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
+    mixed_ranks: ClassVar[bool] = True
 
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
         """The mean of the head, and the best factors of rank r."""
-        arrays = aggregation.mean(updates)
+        arrays = aggregation.mean_of_the_rest(updates, at.layout)
         for pair in at.layout.pairs:
-            A, B = np.zeros_like(arrays[pair.A]), np.zeros_like(arrays[pair.B])
+            A, B = np.zeros_like(received[pair.A]), np.zeros_like(received[pair.B])
             best = aggregation.ideal(updates, pair, received).truncated(len(A)).scaled(1 / pair.s)
             balance = np.sqrt(pair.s)  # of the even split of M, s^{-1} stands on the left: share it out
             A[: best.rank], B[:, : best.rank] = best.right / balance, best.left * balance

@@ -28,16 +28,17 @@ class Flora(Strategy):
     of_factors: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
+    mixed_ranks: ClassVar[bool] = True
 
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
         """The mean of the head, the stack to be merged, and fresh factors."""
-        arrays = aggregation.mean(updates)
+        arrays = aggregation.mean_of_the_rest(updates, at.layout)
         generator = seeds.generator(at.seed, "flora", at.number)
         for pair in at.layout.pairs:
             left, right = merge_names(at.number, pair.module)
             stack = aggregation.ideal(updates, pair, received)
-            A = arrays[pair.A]
+            A = received[pair.A]
             bound = 1 / np.sqrt(A.shape[1])  # Kaiming-uniform with a = sqrt(5), PEFT's own draw
             arrays |= {left: stack.left.astype(A.dtype), right: stack.right.astype(A.dtype)}
-            arrays |= {pair.A: generator.uniform(-bound, bound, A.shape).astype(A.dtype), pair.B: np.zeros_like(arrays[pair.B])}
+            arrays |= {pair.A: generator.uniform(-bound, bound, A.shape).astype(A.dtype), pair.B: np.zeros_like(received[pair.B])}
         return Combined(arrays, aggregation.error(updates, arrays, received, at.layout))

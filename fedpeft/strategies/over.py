@@ -99,6 +99,10 @@ class Over(Strategy):
         """As the inner strategy."""
         return self.inner.own(turn)
 
+    def tail(self, at: Round) -> tuple[float, float]:
+        """As the inner strategy."""
+        return self.inner.tail(at)
+
     def begin(self, turn: Turn) -> Arrays:
         """As the inner strategy."""
         return self.inner.begin(turn)

@@ -91,6 +91,10 @@ class Strategy(Settings):
         """mu of a proximal term in the clients' steps; 0: none."""
         return 0.0
 
+    def tail(self, at: Round) -> tuple[float, float]:
+        """(lambda, g) of a penalty lambda ||A[g r:]|| ||B[:, g r:]|| on the clients' factors; lambda = 0: none."""
+        return 0.0, 1.0
+
     def check_config(self, config: Any, adapter: Any) -> None:
         """Raises UserError when the strategy means nothing beside the rest of a `Config`, whose `Adapter` is given; loads nothing."""
         if adapter.mixed_ranks and not self.mixed_ranks:
@@ -102,6 +106,9 @@ class Strategy(Settings):
         if self.of_factors and not layout.pairs:
             got = f"{type(self).__name__} works on LoRA factors, and the adapter has none"
             raise UserError(Problem("strategy.name", got, do="use adapter lora, or strategy fedavg"))
+        if self.of_factors and any(pair.core for pair in layout.pairs):
+            got = f"{type(self).__name__} works on factors A and B, and the adapter trains the core between them"
+            raise UserError(Problem("strategy.name", got, do="use strategy fed_sb or fedavg"))
 
     # --- what there is
 

@@ -26,6 +26,7 @@ class Job:
     names: tuple[str, ...]  # those that train
     data: Encoded
     proximal: float = 0.0  # mu of the pull towards `start`
+    tail: tuple[float, float] = (0.0, 1.0)  # (lambda, g) of a penalty lambda ||A[g r:]|| ||B[:, g r:]||
     drift: Arrays = field(default_factory=dict)  # added to the gradients of the tensors it names, in every step
 
 

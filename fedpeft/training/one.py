@@ -1,6 +1,8 @@
 """The reference engine: one client at a time, stock Transformers and PEFT, written to be read.
 
-A step of client k:   L = mean over the records of the step's batches;   g = clip(grad L) + mu (theta - theta_start) + drift;   optimiser
+A step of client k, L the mean over the records of its batches:
+
+    g = clip(grad L) + mu (theta - theta_start) + the other terms of `Job`;   theta <- optimiser(theta, g)
 """
 
 from __future__ import annotations
@@ -59,6 +61,8 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
                 for parameter, anchor in zip(parameters, anchors, strict=True):
                     assert parameter.grad is not None
                     parameter.grad.add_(parameter.detach() - anchor, alpha=job.proximal)
+            if job.tail[0]:
+                _shrink_tail(adapted, job)
             for parameter, drift in drifts:
                 assert parameter.grad is not None
                 parameter.grad.add_(drift)
@@ -66,3 +70,16 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
             losses.append(loss)
     optimizer.zero_grad()
     return Trained(adapted.read(job.names), sum(losses) / len(losses), len(losses), time.perf_counter() - started)
+
+
+def _shrink_tail(adapted: Adapted, job: Job) -> None:
+    """Add the gradient of lambda ||A[c:]|| ||B[:, c:]||, c = round(g r), to the gradients of both factors of every pair."""
+    strength, kept = job.tail
+    for pair in adapted.layout().pairs:
+        A, B = adapted.parameters[pair.A], adapted.parameters[pair.B]
+        cut = round(kept * len(job.start[pair.A]))
+        a, b = float(A[cut:].detach().norm()), float(B[:, cut:].detach().norm())
+        if a > 0 and b > 0:
+            assert A.grad is not None and B.grad is not None
+            A.grad[cut:].add_(A[cut:].detach(), alpha=strength * b / a)
+            B.grad[:, cut:].add_(B[:, cut:].detach(), alpha=strength * a / b)

@@ -21,3 +21,6 @@ def sgd(parameters: Sequence[torch.nn.Parameter], learning_rate: float, weight_d
     import torch
 
     return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=weight_decay)
+
+
+sgd.plain = True  # type: ignore[attr-defined]  # a step is the learning rate times the gradient, and nothing else
