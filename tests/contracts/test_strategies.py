@@ -23,9 +23,10 @@ from fedpeft.strategies.over import Over
 from fedpeft.strategies.strategy import Combined, Round
 
 EXACT = {"ffa_lora", "ro_lora", "fed_svd", "flora", "fedex_lora"}
-CORRECTED = {"lora_fair", "fedavg", "flora_na", "flex_lora", "fedsmooth_lora"}
+CORRECTED = {"lora_fair", "fedavg", "flora_na", "flex_lora", "fedsmooth_lora", "het_lora"}
+PROTOCOLS = {"fedsa_lora", "fed_ask", "slora", "fed_sb"}  # what travels is not what trains: test_protocols.py
 WRAPPERS = sorted(name for name in TABLES["strategy"] if issubclass(find("strategy", name), Over))
-STRATEGIES = sorted(set(TABLES["strategy"]) - set(WRAPPERS))
+STRATEGIES = sorted(set(TABLES["strategy"]) - set(WRAPPERS) - PROTOCOLS)
 
 
 @dataclasses.dataclass(frozen=True)
