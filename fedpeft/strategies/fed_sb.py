@@ -14,8 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from fedpeft.errors import Problem, UserError
-from fedpeft.records import Arrays, Layout, Update
+from fedpeft.records import Arrays, Update
 from fedpeft.strategies import aggregation
 from fedpeft.strategies.strategy import Combined, Round, Strategy
 
@@ -24,15 +23,10 @@ class FedSb(Strategy):
     """Averages the r x r cores of LoRA-SB: exact, and the fewest bytes of all."""
 
     paper: ClassVar[str] = "arXiv:2502.15436"
+    of_cores: ClassVar[bool] = True
     plain_mean: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     summable: ClassVar[bool] = True
-
-    def check(self, layout: Layout) -> None:
-        """Needs cores."""
-        if not layout.pairs or any(pair.core is None for pair in layout.pairs):
-            got = "fed_sb averages the cores of LoRA-SB, and the adapter has none"
-            raise UserError(Problem("strategy.name", got, do="use adapter lora_sb, or strategy fedavg"))
 
     def sends(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
         """Cores and head."""

@@ -25,9 +25,11 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class FedSvd(Strategy):
     """Trains B; the server turns A to the right singular vectors of the averaged update."""
 
+    paper: ClassVar[str] = "arXiv:2505.12805"
     of_factors: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
+    summable: ClassVar[bool] = True
 
     svd_period: int = Field(1, ge=1, description="refactor after every so many rounds")
 

@@ -22,7 +22,9 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class FedAvg(Strategy):
     """Weighted mean of the factors. Not the mean of the products B A: the two differ by the clients' cross-covariance."""
 
+    paper: ClassVar[str] = "arXiv:2305.05644"
     plain_mean: ClassVar[bool] = True
+    summable: ClassVar[bool] = True
 
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
         """The n_k-weighted mean of every uploaded tensor, summed in float64 in the order of clients."""

@@ -27,6 +27,7 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class FedexLora(Strategy):
     """Exact by a residual in the backbone."""
 
+    paper: ClassVar[str] = "arXiv:2410.09432"
     of_factors: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     refactors: ClassVar[bool] = True

@@ -9,6 +9,8 @@ Paper: Li et al. 2020 (arXiv:1812.06127), algorithm 2.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from fedpeft.strategies.over import Over
@@ -17,6 +19,8 @@ from fedpeft.strategies.strategy import Round
 
 class FedProx(Over):
     """A proximal term in every local step."""
+
+    paper: ClassVar[str] = "arXiv:1812.06127"
 
     mu: float = Field(0.01, gt=0, description="strength of the pull; large values freeze the clients")
 

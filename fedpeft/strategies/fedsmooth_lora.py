@@ -38,8 +38,11 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy, Turn
 class FedSmoothLora(Strategy):
     """Merges, matches rounds and aligns the start with the client's gradient; clients remember their last upload."""
 
+    paper: ClassVar[str] = "arXiv:2605.29460"
     of_factors: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
+    noise_proof: ClassVar[bool] = False
+    stateful: ClassVar[bool] = True
 
     zeta: float = Field(1.0, ge=0, le=1, description="how far a client returns to its own last model")
     zeta_min: float = Field(0.0, ge=0, le=1, description="where a falling zeta ends")

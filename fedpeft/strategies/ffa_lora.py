@@ -21,9 +21,11 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class FfaLora(Strategy):
     """Freezes A: averages exactly, sends half, and under differential privacy adds no noise to a product of two noises."""
 
+    paper: ClassVar[str] = "arXiv:2403.12313"
     of_factors: ClassVar[bool] = True
     plain_mean: ClassVar[bool] = True
     exact: ClassVar[bool] = True
+    summable: ClassVar[bool] = True
 
     def sends(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
         """All but A."""

@@ -23,6 +23,7 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class FlexLora(Strategy):
     """The SVD of the averaged update, redistributed."""
 
+    paper: ClassVar[str] = "arXiv:2402.11505"
     of_factors: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = True

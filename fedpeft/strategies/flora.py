@@ -25,6 +25,7 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class Flora(Strategy):
     """Exact by stacking; every round a new low-rank space, and a cold start."""
 
+    paper: ClassVar[str] = "arXiv:2409.05976"
     of_factors: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     refactors: ClassVar[bool] = True

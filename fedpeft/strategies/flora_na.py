@@ -28,6 +28,7 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class FloraNa(Strategy):
     """Nearly accurate aggregation at the bytes of FedAvg."""
 
+    paper: ClassVar[str] = "arXiv:2509.26399"
     of_factors: ClassVar[bool] = True
 
     max_steps: int = Field(50, ge=1, description="most alternations of the least squares")

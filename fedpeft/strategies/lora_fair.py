@@ -36,6 +36,7 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class LoraFair(Strategy):
     """Corrects the averaged B on the server; bytes and clients are those of FedAvg."""
 
+    paper: ClassVar[str] = "arXiv:2411.14961"
     of_factors: ClassVar[bool] = True
 
     solver: Literal["closed_form", "cosine"] = Field(

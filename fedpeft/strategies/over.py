@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy, Turn
 
 class Over(Strategy):
     """Everything is the inner strategy's unless a subclass says otherwise."""
+
+    exact: ClassVar[bool] = True  # as exact as what is underneath
+    summable: ClassVar[bool] = True  # needs no more than what is underneath
 
     over: str = Field("fedavg", description="the strategy underneath, with its own defaults")
 

@@ -21,9 +21,11 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 class RoLora(Strategy):
     """Alternates between the factors: expressive as LoRA over two rounds, exact as FFA-LoRA in each."""
 
+    paper: ClassVar[str] = "arXiv:2502.01755"
     of_factors: ClassVar[bool] = True
     plain_mean: ClassVar[bool] = True
     exact: ClassVar[bool] = True
+    summable: ClassVar[bool] = True
 
     def trains(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
         """The head and one of the factors."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -31,6 +31,9 @@ from fedpeft.strategies.strategy import Combined, Round, Strategy
 
 class Robust(Over):
     """What the four share: what they may stand over, and the report."""
+
+    exact: ClassVar[bool] = False
+    summable: ClassVar[bool] = False
 
     of: Literal["factors"] | None = Field(None, description='"factors" accepts that A and B are treated apart, over fedavg')
 
@@ -61,6 +64,8 @@ class Robust(Over):
 class Median(Robust):
     """The median of every entry; holds against fewer than half of the clients."""
 
+    paper: ClassVar[str] = "arXiv:1803.01498"
+
     def gather(self, values: Matrix) -> Matrix:
         """Column medians."""
         median: Matrix = np.median(values, axis=0)
@@ -69,6 +74,8 @@ class Median(Robust):
 
 class TrimmedMean(Robust):
     """The mean of every entry without its extremes."""
+
+    paper: ClassVar[str] = "arXiv:1803.01498"
 
     beta: float = Field(0.2, gt=0, lt=0.5, description="share trimmed at either end; one client at least")
 
@@ -86,6 +93,8 @@ class TrimmedMean(Robust):
 
 class Krum(Robust):
     """The one update that most others are near to."""
+
+    paper: ClassVar[str] = "NeurIPS 2017"
 
     f: int = Field(1, ge=1, description="how many clients may be arbitrary; 2 f + 3 updates are needed")
 
@@ -111,6 +120,8 @@ class Krum(Robust):
 
 class MultiKrum(Krum):
     """The mean of the updates that most others are near to."""
+
+    paper: ClassVar[str] = "NeurIPS 2017"
 
     m: int = Field(3, ge=1, description="how many of the best are averaged")
 

@@ -57,7 +57,8 @@ class Scaffold(Over):
     def sends(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
         """What the strategy underneath sends, and c of what trains."""
         own = [name for name in names if not name.startswith(CONTROL)]
-        return tuple(sorted([*self.inner.sends(own, at), *(CONTROL + name for name in self.inner.trains(own, at))]))
+        controls = {CONTROL + name for name in self.inner.trains(own, at)}
+        return tuple(sorted([*self.inner.sends(own, at), *controls.intersection(names)]))
 
     def uploads(self, names: Sequence[str], at: Round) -> dict[str, TensorSpec]:
         """Twice: values, and differences of control variates."""

@@ -17,6 +17,7 @@ which keep v in float64 here and, like the paper, correct no bias.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -29,6 +30,9 @@ from fedpeft.strategies.strategy import Strategy
 
 class ServerOptimizer(Over):
     """What the four share: Delta, and moments of the tensors that were combined."""
+
+    paper: ClassVar[str] = "arXiv:2003.00295"
+    exact: ClassVar[bool] = False
 
     def refuses(self, inner: Strategy) -> str | None:
         """Strategies that refactor."""
@@ -57,6 +61,8 @@ class ServerOptimizer(Over):
 
 class FedAvgM(ServerOptimizer):
     """Momentum on the server."""
+
+    paper: ClassVar[str] = "arXiv:1909.06335"
 
     server_learning_rate: float = Field(1.0, gt=0, description="eta, the server's step size")
     server_momentum: float = Field(0.9, ge=0, lt=1, description="beta, how much of the last direction is kept")

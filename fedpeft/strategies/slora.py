@@ -36,6 +36,7 @@ class Slora(Strategy):
     of_factors: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
     summable: ClassVar[bool] = True
+    noise_proof: ClassVar[bool] = False  # per-example gradients of sparse values are not at hand
 
     warmup_rounds: int = Field(3, ge=1, description="R_1, rounds of sparse training")
     density: float | None = Field(

@@ -73,6 +73,7 @@ class Strategy(Settings):
 
     paper: ClassVar[str] = ""  # where it comes from
     of_factors: ClassVar[bool] = False  # it works on LoRA factors, and means nothing without them
+    of_cores: ClassVar[bool] = False  # it works on the cores between frozen factors, and means nothing without them
     plain_mean: ClassVar[bool] = False  # `combine` is the weighted mean of the uploads
     exact: ClassVar[bool] = False  # the product it leaves is sum_k p_k s_k B_k A_k
     refactors: ClassVar[bool] = False  # it changes the basis of the factors, or moves part of the update elsewhere
@@ -109,6 +110,9 @@ class Strategy(Settings):
         if self.of_factors and any(pair.core for pair in layout.pairs):
             got = f"{type(self).__name__} works on factors A and B, and the adapter trains the core between them"
             raise UserError(Problem("strategy.name", got, do="use strategy fed_sb or fedavg"))
+        if self.of_cores and not (layout.pairs and all(pair.core for pair in layout.pairs)):
+            got = f"{type(self).__name__} averages the cores of LoRA-SB, and the adapter has none"
+            raise UserError(Problem("strategy.name", got, do="use adapter lora_sb, or strategy fedavg"))
 
     # --- what there is
 

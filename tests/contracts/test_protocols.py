@@ -175,7 +175,7 @@ def test_personal_models_are_measured_and_exported(tiny_settings, tiny_bert, tmp
         base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3)
         model = PeftModel.from_pretrained(base, run.folder / "personal" / str(client)).eval()
         with torch.no_grad():
-            np.testing.assert_allclose(ours, model(**inputs).logits.numpy(), atol=1e-5)
+            assert np.abs(ours - model(**inputs).logits.numpy()).max() < 1e-5 * np.abs(ours).max()
         all_logits.append(ours)
     assert np.abs(all_logits[0] - all_logits[1]).max() > 1e-3
 
