@@ -27,7 +27,7 @@ def describe(kind: str) -> Iterator[str]:
         yield from _keys(Config, "")
     elif kind in TABLES:
         if kind == "strategy":
-            yield f"bytes: a client's in a round of {K}, without the head, relative to fedavg; one strategy over another is shown over fedavg"
+            yield f"bytes: a client's in a round of {K}, without the head, relative to fedavg; one over another is shown over fedavg"
         for name in TABLES[kind]:
             target = find(kind, name)
             yield f"{name}: {first_line(target)}"

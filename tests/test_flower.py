@@ -1,5 +1,7 @@
 """Our strategies under Flower's own `Strategy.start`, with a plain Flower ClientApp; and the private names we touch are there."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -9,6 +11,8 @@ from flwr.serverapp.strategy import Strategy
 
 from fedpeft import UserError, flower_private
 from fedpeft.strategies import flower
+from fedpeft.strategies.flower_strategy import layout_of
+from fedpeft.strategies.strategy import Round, Turn
 
 A, B, HEAD = "layer.lora_A.weight", "layer.lora_B.weight", "head.weight"
 CLIENTS = 5
@@ -89,6 +93,53 @@ def test_a_strategy_runs_under_flowers_own_start(name):
     assert arrays.keys() == before.keys()
     assert any(not np.array_equal(arrays[key], before[key]) for key in arrays)
     assert "aggregation_error" in result.train_metrics_clientapp[2]
+
+
+def client_app_with_a_half(strategy, rate=0.5):
+    """An app whose clients call their half of `strategy`: gradients are noise, a step is plain descent."""
+    app, memories, turns = ClientApp(), {}, {}
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        node, config = context.node_id, message.content["config"]
+        received = {name: array.numpy() for name, array in message.content["arrays"].items()}
+        if config.get("action") == "second":
+            upload = strategy.answer(replace(turns[node], memory=memories[node]), received)
+        else:
+            layout = layout_of({**initial(), **{n: a for n, a in received.items() if n.startswith("sparse.")}})
+            at = Round(config["server-round"], 3, layout, 0, CLIENTS)
+            turns[node] = turn = Turn(at, initial() | received, memories.get(node, {}), lambda arrays, batches: iter(()), rate)
+            start, drift = strategy.begin(turn), strategy.drift(turn)
+            generator = np.random.default_rng([node, at.number])
+            gradients = {name: generator.normal(size=start[name].shape) + drift.get(name, 0) for name in config["trains"]}
+            trained = {name: start[name] - rate * gradient for name, gradient in gradients.items()}
+            upload, memories[node] = strategy.end(turn, start, trained)
+            upload = {name: upload[name] for name in config["uploads"]}
+        arrays = ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in upload.items()})
+        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 10 * node})}), reply_to=message)
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("name", "own"), [("fed_ask", {}), ("scaffold", {}), ("fedsa_lora", {}), ("slora", {"warmup_rounds": 1}), ("flora", {})]
+)
+def test_a_strategy_with_a_half_at_the_client_runs_in_an_app_that_calls_it(name, own):
+    strategy = flower(name, **own)
+    arrays, _, grid = play(strategy, client_app_with_a_half(strategy.strategy), num_rounds=3)
+    before = initial()
+    assert not np.array_equal(arrays[A], before[A])
+    assert np.array_equal(arrays[B], before[B]) == (name == "fedsa_lora")
+    assert len(grid.sent) == CLIENTS * 3 * (2 if name == "fed_ask" else 1)
+
+
+def test_the_control_variate_of_an_app_is_the_mean_gradient_of_its_clients():
+    strategy = flower("scaffold", min_available_nodes=CLIENTS)
+    arrays, _, _ = play(strategy, client_app_with_a_half(strategy.strategy), num_rounds=1)
+    drawn = [np.random.default_rng([node, 1]) for node in range(1, CLIENTS + 1)]
+    for name in sorted([A, B, HEAD]):
+        wanted = sum(generator.normal(size=initial()[name].shape) for generator in drawn) / CLIENTS
+        np.testing.assert_allclose(arrays[f"beside.control.{name}"], wanted, atol=1e-5)
 
 
 def test_the_mean_is_weighted_by_examples():

@@ -76,7 +76,7 @@ class Scaffold(Over):
         renewed = {}
         for name, drift in self.drift(turn).items():
             way = start[name].astype(np.float64) - trained[name]
-            renewed[CONTROL + name] = (way / turn.step_sizes - drift).astype(np.float32)
+            renewed[CONTROL + name] = (way / turn.step_sizes - drift).astype(start[name].dtype)
         change = {name: array - turn.memory.get(name, np.float32(0)) for name, array in renewed.items()}
         return {**upload, **change}, {**turn.memory, **memory, **renewed}
 
