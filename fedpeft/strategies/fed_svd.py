@@ -4,6 +4,7 @@
 
 Exact, since B' A has rank at most r. A has orthonormal rows, which bounds the gradient of B by that of the output. Only B
 and the head travel up; both factors travel down. A round in which B is still zero keeps A, since V would be arbitrary.
+V_r spans the rows of A: A turns, but never leaves the row space it was drawn with.
 
 Paper: Lee et al. 2025 (arXiv:2505.12805), algorithm 1. The published code forms B A; here it is a QR of each factor.
 """
