@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from fedpeft import Config
 from fedpeft.cli import COMMANDS, _parser
@@ -67,6 +68,17 @@ def test_every_dependency_has_its_reason():
 def test_partitioners_of_the_readme_are_those_there_are():
     for name in TABLES["partitioner"]:
         assert f"`{name}`" in README
+
+
+def test_strategies_of_the_readme_are_those_there_are():
+    for name in TABLES["strategy"]:
+        assert f"`{name}`" in README
+
+
+def test_the_ranks_of_the_readme_are_configs():
+    (block,) = [block for block in blocks("yaml") if "lora, r:" in block]
+    for line in block.splitlines():
+        assert Config.from_dict({**yaml.safe_load(line), "strategy": {"name": "flora"}}).adapter.build().mixed_ranks
 
 
 def test_the_example_of_the_contributing_guide_is_a_strategy(tmp_path, tiny_settings):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 class Adapter(Settings):
     """Settings of one adapter family. PEFT does the work; a subclass says which of its configs."""
+
+    has_factors: ClassVar[bool] = True  # its update is s B A, or s B R A
+    has_cores: ClassVar[bool] = False  # ... with a trained R between frozen factors
 
     @abstractmethod
     def peft_config(self, peft_task: str, also_saved: Sequence[str]) -> Any:

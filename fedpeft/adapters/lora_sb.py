@@ -33,6 +33,8 @@ from fedpeft.training.gradients import full_gradients
 class LoraSb(Adapter):
     """Trains r x r numbers a matrix, exactly averaged; use a large r."""
 
+    has_cores: ClassVar[bool] = True
+
     r: int = Field(32, ge=1, description="rank of the space that the core works in")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: list[str] | str | None = Field(

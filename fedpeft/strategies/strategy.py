@@ -101,17 +101,22 @@ class Strategy(Settings):
         if adapter.mixed_ranks and not self.mixed_ranks:
             got = f"clients of different ranks, which {type(self).__name__} cannot average"
             raise UserError(Problem("adapter.r", got, "one rank for all", "or take strategy flex_lora, flora, het_lora or fedex_lora"))
+        self._check_adapter(adapter.has_factors, adapter.has_cores)
 
     def check(self, layout: Layout) -> None:
         """Raises UserError when the strategy means nothing for adapters of this layout."""
-        if self.of_factors and not layout.pairs:
-            got = f"{type(self).__name__} works on LoRA factors, and the adapter has none"
+        self._check_adapter(bool(layout.pairs), any(pair.core for pair in layout.pairs))
+
+    def _check_adapter(self, factors: bool, cores: bool) -> None:
+        name = type(self).__name__
+        if self.of_factors and not factors:
+            got = f"{name} works on LoRA factors, and the adapter has none"
             raise UserError(Problem("strategy.name", got, do="use adapter lora, or strategy fedavg"))
-        if self.of_factors and any(pair.core for pair in layout.pairs):
-            got = f"{type(self).__name__} works on factors A and B, and the adapter trains the core between them"
+        if self.of_factors and cores:
+            got = f"{name} works on factors A and B, and the adapter trains the core between them"
             raise UserError(Problem("strategy.name", got, do="use strategy fed_sb or fedavg"))
-        if self.of_cores and not (layout.pairs and all(pair.core for pair in layout.pairs)):
-            got = f"{type(self).__name__} averages the cores of LoRA-SB, and the adapter has none"
+        if self.of_cores and not cores:
+            got = f"{name} averages the cores of LoRA-SB, and the adapter has none"
             raise UserError(Problem("strategy.name", got, do="use adapter lora_sb, or strategy fedavg"))
 
     # --- what there is

@@ -350,6 +350,15 @@ def test_fed_sb_wants_cores_and_strategies_of_factors_do_not():
                 find("strategy", name)().check(case.layout)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "strategy", "says"),
+    [("lora", "fed_sb", "use adapter lora_sb"), ("lora_sb", "flora", "trains the core"), ("lora_sb", "fed_ask", "trains the core")],
+)
+def test_cores_and_strategies_that_do_not_fit_are_refused_before_anything_is_loaded(adapter, strategy, says):
+    with pytest.raises(UserError, match=says):
+        Config.from_dict({"adapter": {"name": adapter}, "strategy": {"name": strategy}})
+
+
 SB = {"name": "lora_sb", "r": 4, "target_modules": ["query", "value"]}
 
 
