@@ -82,6 +82,27 @@ def test_a_client_with_another_A_is_left_out_with_its_reason(tiny_settings):
     assert answer.reason.startswith("other seed, library or history: holds other frozen tensors")
 
 
+@pytest.mark.parametrize("name", ["flora", "fedex_lora", "fedsmooth_lora"])
+def test_a_client_with_a_stale_backbone_is_left_out_with_its_reason(name, tiny_settings, tmp_path):
+    """The server believes that client 0 holds the merges of earlier rounds; this one was started anew and holds none."""
+    from fedpeft.server.asking import assign
+    from fedpeft.server.checkpoint import latest
+    from fedpeft.server.federation import Outcome
+    from fedpeft.simulations import run as simulation
+
+    config = Config.from_dict({**tiny_settings, "strategy": {"name": name, "num_rounds": 3}})
+    simulate(config, tmp_path / "run")
+    kept = latest(tmp_path / "run" / "checkpoint")
+    parts = assemble(config)
+    federation = simulation._federation(config, parts, dict)
+    for seen, refused in ((2, True), (-1, False)):
+        (asked,) = assign(federation, wire.TRAIN, [0], Outcome(kept.arrays, {}, seen={0: seen}), 3).assignments
+        (answer,) = parts.worker.answer([asked])
+        assert isinstance(answer, Failure) == refused, answer
+        if refused:
+            assert answer.reason.startswith("other seed, library or history")
+
+
 def test_the_A_of_fed_svd_comes_from_the_server_with_orthonormal_rows(tiny_settings, tmp_path):
     result, _ = run(tiny_settings, "fed_svd", tmp_path / "run")
     for name, array in result.arrays.items():
