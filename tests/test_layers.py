@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "fedpeft"
 
 LAYERS = [
     {"errors", "records", "arrays", "seeds", "lookup", "units", "environment", "yaml_file", "quiet", "products", "intervals"},
-    {"config", "flower_private", "wire", "screen", "runs", "curves", "page", "report", "strategies", "data", "listing"},
+    {"config", "flower_private", "wire", "screen", "runs", "curves", "page", "report", "strategies", "data", "listing", "privacy"},
     {"base", "adapters", "tasks", "training"},
     {"client", "server"},
     {"simulations"},

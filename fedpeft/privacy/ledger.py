@@ -1,0 +1,62 @@
+"""The ledger of one client: what it may have released, written before it is released.
+
+    DIR/client-3.jsonl   {"prev": HASH, "round": 4, "sigma": 1.1, "q": 0.05, "steps": 10}     a line a reservation
+
+A reservation is on disk (fsync) before training starts and is never taken back: a crash after it counts, a crash before it
+released nothing. A round that is played again has new noise and is a second release, charged again. Each line holds the
+hash of the one before: a line that was changed, dropped or put elsewhere is found when the file is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+
+from fedpeft.errors import Problem, UserError
+from fedpeft.privacy.accounting import History, Release
+
+FIRST = "0" * 64
+
+
+class Ledger:
+    """The releases of one client over the whole run, whoever was restarted in it. Raises UserError for a file that was edited."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        self.history: History = ()
+        self.hash = FIRST
+        whole = 0  # bytes up to the end of the last whole line
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            if not line.endswith(b"\n"):  # torn: it never became durable, and nothing was trained on it
+                break
+            self._read(line)
+            whole += len(line)
+        if path.exists() and whole < path.stat().st_size:
+            os.truncate(path, whole)
+
+    def _read(self, line: bytes) -> None:
+        try:
+            entry = json.loads(line)
+            release = Release(float(entry["sigma"]), float(entry["q"]), int(entry["steps"]))
+            fits = entry["prev"] == self.hash
+        except (ValueError, KeyError, TypeError):
+            fits = False
+        if not fits:
+            got = f"line {len(self.history) + 1} does not follow from those before it: the file was edited, or lost lines"
+            raise UserError(Problem(str(self.path), got, do="put the file back as it was; without it no epsilon can be stated"))
+        self.history = (*self.history, release)
+        self.hash = hashlib.sha256(line).hexdigest()
+
+    def reserve(self, round: int, release: Release) -> None:
+        """Charge `release`; on disk when this returns."""
+        entry = {"prev": self.hash, "round": round, "sigma": release.sigma, "q": release.q, "steps": release.steps}
+        line = json.dumps(entry).encode() + b"\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self.history = (*self.history, release)
+        self.hash = hashlib.sha256(line).hexdigest()

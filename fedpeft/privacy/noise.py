@@ -1,0 +1,67 @@
+"""Where noise and sampling get their randomness: a ChaCha20 keystream under a key from the operating system, or, for tests
+and repeatable studies alone, a seeded generator that promises nothing.
+
+A Gaussian is the sum of four, halved (Holohan and Braghin 2021, arXiv:2107.10138): the low bits of a single floating-point
+Gaussian can give away what was added to.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft import seeds
+
+
+class Noise(Protocol):
+    """A source of uniform numbers in (0, 1)."""
+
+    secure: bool
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """`count` numbers."""
+
+
+class Secure:
+    """ChaCha20 with a fresh key: nobody can draw it again, nor can a restarted process."""
+
+    secure = True
+
+    def __init__(self) -> None:
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
+        self._stream = Cipher(algorithms.ChaCha20(os.urandom(32), os.urandom(16)), mode=None).encryptor()
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """53 random bits each, never 0 and never 1."""
+        words = np.frombuffer(self._stream.update(bytes(8 * count)), np.uint64)
+        return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+class Insecure:
+    """A generator that the run's seed determines, which whoever knows the seed can take off again."""
+
+    secure = False
+
+    def __init__(self, seed: int, round: int, client: int) -> None:
+        self._generator = seeds.generator(seed, "insecure noise", round, client)
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """From the seeded generator."""
+        return self._generator.uniform(np.finfo(np.float64).tiny, 1.0, count)
+
+
+def gaussian(source: Noise, count: int) -> NDArray[np.float64]:
+    """`count` independent N(0, 1): the sum of four Box-Muller Gaussians, halved."""
+    u = source.uniform(4 * count).reshape(2, 2, count)
+    radius, angle = np.sqrt(-2 * np.log(u[0])), 2 * np.pi * u[1]
+    whole: NDArray[np.float64] = (radius * np.cos(angle) + radius * np.sin(angle)).sum(axis=0) / 2
+    return whole
+
+
+def poisson(source: Noise, examples: int, q: float) -> NDArray[np.int64]:
+    """The rows of a batch, each of `examples` taken independently with probability `q`; it may be empty."""
+    return np.flatnonzero(source.uniform(examples) < q)
