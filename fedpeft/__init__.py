@@ -12,12 +12,12 @@ The path of one update, from a client's data to the adapter file:
         tasks/                           how examples become tensors, what the loss is, what is measured
      4. server/rounds.py               THE round loop:
         a. server/sampling.py            who takes part
-        b. wire.py                       an `Assignment` each becomes a Flower message
+        b. server/asking.py              what each is sent: an `Assignment`, which wire.py makes a Flower message
         c. server/exchange.py            out through a Flower `Grid` and back; simulations/grid.py is the grid of this process
         d. client/worker.py              a client answers, on the data of client/node.py -> `Update`:
-           strategies/<name>.py            `begin`: what training starts from (the gradient of training/gradients.py, its memory)
+           strategies/<name>.py            `begin`, `drift`: what training starts from (gradients of training/gradients.py, its memory)
            training/one.py                 trains
-           strategies/<name>.py            `end`: what is uploaded and remembered
+           strategies/<name>.py            `end`: what is uploaded and remembered; `answer`, where a strategy asks twice
         e. server/validation.py          every check on an arriving update; one bad client costs one update, not the round
         f. strategies/<name>.py          `combine`: many updates to one, on products.py; `apply`: the server's step
         g. training/evaluate.py          on the server's test part
