@@ -14,9 +14,7 @@ from fedpeft.records import Arrays, Assignment, Failure, Metrics, Update, merged
 from fedpeft.strategies.strategy import Gradients, Round, Strategy, Turn
 from fedpeft.training import evaluate
 from fedpeft.training.gradients import full_gradients
-from fedpeft.training.job import Job, step_sizes
-
-BREAKS = (RuntimeError, ValueError, IndexError, ArithmeticError)  # what torch and NumPy raise, out of memory included
+from fedpeft.training.job import BREAKS, Job, step_sizes
 
 
 class Worker:
