@@ -13,7 +13,11 @@ from fedpeft.data.encoded import Encoded
 from fedpeft.records import Failure, merge_names, merged_round
 from fedpeft.simulations.assemble import assemble
 from fedpeft.training import many, one
-from fedpeft.training.job import Job
+from fedpeft.training.job import Job, rates
+from fedpeft.training.masks import Masks
+from fedpeft.training.optimizers import StackedAdamW
+from fedpeft.training.passes import Pass
+from fedpeft.training.stacked import Stacked
 
 CLOSE = 1e-5
 
@@ -313,3 +317,63 @@ def as_products(arrays):
     for name in (name for name in arrays if name.endswith(".left")):
         found[name] = arrays[name] @ arrays[name.removesuffix("left") + "right"]
     return found
+
+
+TAKE, SCALINGS, SHIFTS = Stacked.take_gradients, many.CohortTraining._scalings, many.CohortTraining._shifts
+SEATS, ADAMW = Pass.seats, StackedAdamW.step
+
+
+def clipped_together(stack):
+    gradients = TAKE(stack)
+    return gradients * (0.5 / (gradients.norm() + 1e-6)).clamp(max=1.0)
+
+
+def decayed_twice(optimizer, values, gradients, rates):
+    ADAMW(optimizer, values, gradients, rates)
+    values[0].mul_(1 - rates[0] * optimizer.weight_decay)
+
+
+def drawn_again(masks, question, shape, keep, dtype):
+    return torch.empty(shape, dtype=dtype).bernoulli_(keep, generator=masks.generator)
+
+
+ERRORS = {  # one of each kind that training many clients together invites
+    "scaling dropped": (many.CohortTraining, "_scalings", lambda self: {k: torch.ones_like(s) for k, s in SCALINGS(self).items()}),
+    "scaling of another": (many.CohortTraining, "_scalings", lambda self: {k: s[:1].expand_as(s) for k, s in SCALINGS(self).items()}),
+    "clipped together": (Stacked, "take_gradients", clipped_together),
+    "decayed twice": (StackedAdamW, "step", decayed_twice),
+    "rates of another": (StackedAdamW, "step", lambda self, v, g, r: ADAMW(self, v, g, r[:1].expand_as(r))),
+    "rates of another round": (many, "rates", lambda config, examples, round: rates(config, examples, 1)),
+    "mean over the wrong records": (Pass, "shares", lambda self: self.of_rows([1.0 / len(part.batch.rows) for part in self.parts])),
+    "adapter of the neighbour": (Pass, "seats", lambda self: [max(0, seat - 1) for seat in SEATS(self)]),
+    "one generator for all": (many, "dropout_seed", lambda config, job: 0),
+    "masks in the order of passes": (Masks, "get", drawn_again),
+    "backbones forgotten": (many.CohortTraining, "_shifts", lambda self, own, module: [0 * side for side in SHIFTS(self, own, module)]),
+    "pulled to zero": (torch.Tensor, "clone", lambda values: torch.zeros_like(values)),
+}
+
+
+@pytest.mark.parametrize("error", ["none", *ERRORS])
+def test_planted_errors_are_seen(error, tiny_settings, monkeypatch, caplog):
+    """One set of jobs in which everything differs between clients agrees with `one`, and with no error planted in it."""
+    config, parts = build(
+        tiny_settings,
+        adapter={"r": 8, "lora_dropout": 0.1},
+        max_steps=None,
+        num_train_epochs=1,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.5,
+        learning_rate=1e-2,
+    )
+    monkeypatch.setattr("fedpeft.training.memory.ON_CPU", 40)
+    jobs = []
+    for job in jobs_of(parts, ranks=[2, 8, 4]):
+        merged = merges(job, parts.adapted.layout(), 2, 2, seed=job.client)
+        jobs.append(dataclasses.replace(job, start={**job.start, **merged}, proximal=0.2 * job.client))
+    left = one.train(parts.adapted, parts.task, config, jobs)
+    if error in ERRORS:
+        monkeypatch.setattr(*ERRORS[error])
+    off = farthest(left, many.train(parts.adapted, parts.task, config, jobs))
+    assert not said(caplog)
+    assert off < CLOSE if error == "none" else off > 10 * CLOSE
