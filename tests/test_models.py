@@ -144,7 +144,7 @@ def test_many_clients_train_in_one_pass_as_one_by_one(make, tiny_settings, tiny_
     from fedpeft.training import many, one
     from fedpeft.training.job import Job
 
-    many._fell_back.cache_clear()
+    many._say.cache_clear()
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

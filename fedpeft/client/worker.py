@@ -68,6 +68,7 @@ class Worker:
                 answers.append(trained)
                 continue
             metrics = {"loss": trained.loss, **self._validate(self.strategy.own(turn), self.nodes[job.client])}
+            metrics |= {"fell_back": 1.0} if trained.fell_back else {}
             upload, self.memory[job.client] = self.strategy.end(turn, job.start, trained.arrays)
             answers.append(Update(job.round, job.client, upload, len(job.data), metrics, trained.seconds))
         return answers

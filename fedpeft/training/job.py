@@ -39,6 +39,7 @@ class Trained:
     loss: float  # mean over the steps, each before its step
     steps: int
     seconds: float
+    fell_back: bool = False  # trained by the reference engine, since the engine asked for does not cover it
 
 
 def broken(job: Job, error: Exception) -> Failure:

@@ -6,7 +6,8 @@ One forward and one backward pass give every client its own gradient. Clipping, 
 then act on the rows of one matrix, a row a client. Clients that have finished their steps leave; a client's numbers do not
 depend on who shares its passes, beyond the rounding of float32.
 
-The reference is `one`; whatever this engine cannot do exactly as there is done there, and said once in the log.
+The reference is `one`; what this engine cannot do exactly as there is done there, and said: once in the log, and in the
+report of every round.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import functools
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,12 +62,13 @@ def train(adapted: Adapted, task: Any, config: Config, jobs: Sequence[Job]) -> l
                 return _in_cohorts(Model(adapted, task, config), jobs)
         except UnsuitedError as error:
             reason = str(error)
-    _fell_back(reason)
-    return one.train(adapted, task, config, jobs)
+    _say(reason)
+    ended = one.train(adapted, task, config, jobs)
+    return [replace(trained, fell_back=True) if isinstance(trained, Trained) else trained for trained in ended]
 
 
 @functools.cache
-def _fell_back(reason: str) -> None:
+def _say(reason: str) -> None:
     log.warning("engine many: one client at a time, since %s", reason)
 
 
@@ -107,6 +109,11 @@ def _attempt(model: Model, jobs: Sequence[Job], divisor: int) -> list[Trained | 
     return [trained for half in (jobs[:middle], jobs[middle:]) if half for trained in _attempt(model, half, divisor)]
 
 
+def _clip(gradients: torch.Tensor, norm: float) -> None:
+    """Scale each client's gradient down to `norm`, as torch does for one."""
+    gradients.mul_((norm / (gradients.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0))
+
+
 @functools.cache
 def _ran_out(clients: int) -> None:
     log.warning("engine many: out of GPU memory with %d clients at once; half of them, in passes of half the size", clients)
@@ -127,9 +134,9 @@ class CohortTraining:
         self.plans: list[list[list[Indices]]] = [plans[place] for place in self.order]  # [clients][steps][accumulation][batch]
         starts = [job.start for job in self.jobs]
         frozen = [name for name in self.adapted.parameters if name not in self.jobs[0].names]
-        self.trained = Stacked(starts, self.jobs[0].names, self.device)
+        self.trained = Stacked(starts, self.jobs[0].names, self.device, train=True)
         self.cohort = Cohort(
-            {**self.trained.tensors, **Stacked(starts, frozen, self.device).tensors}, self._scalings(), self._merge_shared()
+            {**self.trained.tensors, **Stacked(starts, frozen, self.device, train=False).tensors}, self._scalings(), self._merge_shared()
         )
         self.generators = [torch.Generator(self.device).manual_seed(dropout_seed(self.config, job)) for job in self.jobs]
 
@@ -166,8 +173,8 @@ class CohortTraining:
             parts = [Product.of(arrays[left], arrays[left.removesuffix("left") + "right"]) for left in lefts]
             whole = Product.sum([*parts, Product(np.zeros((rows, 0)), np.zeros((0, columns)))]).compressed()
             factors.append({"L": whole.left, "R": whole.right})
-        stack = Stacked(factors, ("L", "R"), self.device)
-        return stack.tensors["L"], stack.tensors["R"]
+        stack = Stacked(factors, ("L", "R"), self.device, train=False).tensors
+        return stack["L"].values, stack["R"].values
 
     def run(self) -> list[Trained | Failure]:
         """Train; what came of the jobs, in the order they were given in."""
@@ -180,7 +187,8 @@ class CohortTraining:
         for seat, job in enumerate(self.jobs):
             speeds[: steps[seat], seat] = rates(self.config, len(job.data), job.round)
         self.adapted.model.train()
-        values = self.trained.values
+        values, gradients = self.trained.values, self.trained.gradients
+        assert gradients is not None
         optimizer = find("stacked_optimizer", training.optimizer)(values, training.weight_decay)
         losses = torch.zeros(steps[0], len(self.jobs), device=self.device)
         with stacked(self.adapted, self.cohort):
@@ -191,10 +199,11 @@ class CohortTraining:
             before = self._randomness()
             for step in range(steps[0]):
                 n = sum(count > step for count in steps)  # those who are not done come first
+                gradients.zero_()
                 self._backward(step, n, tokens, losses[step])
-                g = self.trained.take_gradients()[:n]
+                g = gradients[:n]
                 if training.max_grad_norm is not None:
-                    g.mul_((training.max_grad_norm / (g.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0))
+                    _clip(g, training.max_grad_norm)
                 if anchors is not None:
                     g.addcmul_(values[:n] - anchors[:n], pulls[:n])
                 if drifts is not None:
@@ -244,16 +253,13 @@ class CohortTraining:
         row = next(row for row in range(len(data)) if length(data, row) == longest)
         generator = torch.Generator(self.device).manual_seed(0)
         before = self._randomness()
-        for tensor in self.trained.tensors.values():
-            tensor.requires_grad_()
-        with memory.counted() as kept:
+        with memory.counted([*self.adapted.model.parameters(), *(own.values for own in self.cohort.tensors.values())]) as kept:
             loss = self._forward(Pass((Rows(Batch(-seat, data, np.array([row]), 1.0, Masks(generator, 1, longest)), [0]),))).sum()
         if self._randomness() != before:
             raise UnsuitedError("the model draws random numbers of its own")
         loss.backward()  # type: ignore[no-untyped-call]
-        if untouched := [name for name, tensor in self.trained.tensors.items() if tensor.grad is None]:
+        if untouched := [name for name, own in self.trained.tensors.items() if not own.reached]:
             raise UnsuitedError(f"{untouched[0]} gets no gradient")
-        self.trained.take_gradients()
         return max(longest, memory.tokens_at_once(self.config.training, self.device, kept() / longest) // self.divisor)
 
     def _randomness(self) -> bytes:

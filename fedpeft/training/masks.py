@@ -115,12 +115,14 @@ class Dropouts:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """softmax(q k^T scale + mask) v, with dropout on the softmax where there is one."""
+        """softmax(q k^T scale + mask) v, in float32 like torch's own, with dropout on the softmax where there is one."""
         import torch
         from torch.nn import functional
 
         if dropout_p == 0.0:
             return functional.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+        dtype = query.dtype
+        query, key, value = query.float(), key.float(), value.float()
         if enable_gqa:
             key, value = (part.repeat_interleave(query.shape[-3] // part.shape[-3], -3) for part in (key, value))
         root = math.sqrt(1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
@@ -131,4 +133,4 @@ class Dropouts:
             scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
         elif attn_mask is not None:
             scores = scores + attn_mask
-        return self._dropout(scores.softmax(-1), dropout_p) @ value
+        return (self._dropout(scores.softmax(-1), dropout_p) @ value).to(dtype)

@@ -9,9 +9,9 @@ the jobs alone, so that a repeated run is cut alike.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedpeft.config import TrainingSection
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 COPIES = 5  # of every client's numbers
-ON_CPU = 1024  # tokens of a pass: beyond this, activations fall out of the cache and nothing is gained (benchmarks/engine.py)
+ON_CPU = 512  # tokens of a pass: more of them fall out of the cache, and rows of like length part less well (benchmarks/engine.py)
 
 
 def budget(training: TrainingSection, device: str) -> float:
@@ -47,15 +47,16 @@ def tokens_at_once(training: TrainingSection, device: str, bytes_a_token: float)
 
 
 @contextmanager
-def counted() -> Iterator[Any]:
-    """Gives a function that says how many bytes were kept for the backward pass inside the block."""
+def counted(standing: Iterable[torch.Tensor]) -> Iterator[Callable[[], int]]:
+    """Gives a function that says how many bytes were kept for the backward pass inside the block, without those of `standing`."""
     import torch
 
+    ours = {tensor.untyped_storage().data_ptr() for tensor in standing}
     kept: dict[int, int] = {}  # by storage, which several tensors may share
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if not tensor.is_leaf:
+        if storage.data_ptr() not in ours:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 

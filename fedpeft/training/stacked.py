@@ -4,13 +4,17 @@ values [clients, numbers]      A [clients, r, d_in], B [clients, d_out, r], ... 
 
 Clipping, FedProx, SCAFFOLD and the optimiser work on the matrix, the model on the views. A client of a smaller rank fills
 the first rows of A and columns of B; the rest is zero, gets the gradient zero and stays zero.
+
+A pass asks for the tensors of the clients that are in it, and its gradients are added to theirs in place: what a pass costs
+does not grow with the cohort.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,10 +24,47 @@ if TYPE_CHECKING:
     import torch
 
 
+class Own:
+    """One tensor of every client, [clients, ...]; `gradients` is None where it does not train."""
+
+    def __init__(self, values: torch.Tensor, gradients: torch.Tensor | None) -> None:
+        self.values = values
+        self.gradients = gradients
+        self.reached = False  # a backward pass has come here
+        if gradients is not None:
+            values.requires_grad_()
+
+    def of(self, seats: torch.Tensor) -> torch.Tensor:
+        """[seats, ...]; what the backward pass finds is added to `gradients`."""
+        found: torch.Tensor = self.values[seats] if self.gradients is None else _gather().apply(self.values, seats, self)
+        return found
+
+
+@functools.cache
+def _gather() -> Any:
+    import torch
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: torch.Tensor, seats: torch.Tensor, own: Own) -> torch.Tensor:
+            ctx.seats, ctx.own = seats, own
+            return values.index_select(0, seats)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
+            ctx.own.gradients.index_add_(0, ctx.seats, gradient)
+            ctx.own.reached = True
+            return None, None, None
+
+    return Gather
+
+
 class Stacked:
     """The tensors `names` of all clients of a cohort, of the largest shape that any of them has."""
 
-    def __init__(self, clients: Sequence[Arrays], names: Sequence[str], device: str) -> None:
+    def __init__(self, clients: Sequence[Arrays], names: Sequence[str], device: str, train: bool) -> None:
+        import torch
+
         self.device = device
         self._shapes = [{name: arrays[name].shape for name in names} for arrays in clients]
         self._largest = {
@@ -33,7 +74,8 @@ class Stacked:
         self._columns = {name: slice(*ends[place : place + 2]) for place, name in enumerate(names)}
         self.width = ends[-1]
         self.values = self.matrix(clients)
-        self.tensors = {name: self._view(self.values, name) for name in names}
+        self.gradients = torch.zeros_like(self.values) if train else None
+        self.tensors = {name: Own(self._view(self.values, name), self._gradients(name)) for name in names}
 
     def matrix(self, clients: Sequence[Arrays]) -> torch.Tensor:
         """[clients, numbers]: those of the tensors that each of `clients` has, zero elsewhere."""
@@ -49,14 +91,8 @@ class Stacked:
     def _view(self, matrix: torch.Tensor, name: str) -> torch.Tensor:
         return matrix[:, self._columns[name]].view(len(matrix), *self._largest[name])
 
-    def take_gradients(self) -> torch.Tensor:
-        """[clients, numbers]: what the backward passes have added up since this was last asked."""
-        import torch
-
-        found = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in self.tensors.values()]
-        for tensor in self.tensors.values():
-            tensor.grad = None
-        return torch.cat([gradient.flatten(1) for gradient in found], dim=1)
+    def _gradients(self, name: str) -> torch.Tensor | None:
+        return None if self.gradients is None else self._view(self.gradients, name)
 
     def read(self, row: int) -> Arrays:
         """A copy of one client's tensors, each of the client's own shape."""

@@ -19,6 +19,7 @@ import numpy as np
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.records import SPARSE, Pair
 from fedpeft.training.masks import UnsuitedError
+from fedpeft.training.stacked import Own
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +31,12 @@ Forward = Callable[..., Any]
 class Cohort:
     """What the layers look up: the cohort's tensors, and who sits where in the pass that is under way."""
 
-    tensors: Mapping[str, torch.Tensor]  # name -> [clients, ...]
+    tensors: Mapping[str, Own]
     scalings: Mapping[str, torch.Tensor]  # LoRA module -> s [clients, 1, 1]
     shifts: Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # LoRA module -> L [clients, d_out, q], R [clients, q, d_in]
     seats: Any = None  # [rows], ascending: the client of every row
-    places: Any = None  # [rows]: the how-manieth of its client each row is
+    present: Any = None  # the clients of the pass
+    places: Any = None  # for every row, its client's place in `present` and the how-manieth of its client it is
     most: int = 0  # rows of the client that has the most
     time: int = 0  # tokens of a row, padding included
 
@@ -42,9 +44,10 @@ class Cohort:
         """Make ready for a pass whose rows are those of `seats`."""
         import torch
 
-        sizes = np.unique(seats, return_counts=True)[1]
-        places = np.concatenate([np.arange(size) for size in sizes])
-        self.seats, self.places = torch.tensor(seats, device=device), torch.from_numpy(places).to(device)
+        present, place, sizes = np.unique(seats, return_inverse=True, return_counts=True)
+        numbers = np.concatenate([np.arange(size) for size in sizes])
+        self.seats, self.present = (torch.tensor(found, device=device) for found in (seats, present))
+        self.places = tuple(torch.tensor(found, device=device) for found in (place, numbers))
         self.most, self.time = int(sizes.max()), time
 
     def by_row(self, x: torch.Tensor) -> torch.Tensor:
@@ -123,8 +126,8 @@ def _lora(layer: Any, pair: Pair, cohort: Cohort, adapter: str) -> Forward:
         output: torch.Tensor = layer.base_layer(input, *args, **named)
         x = cohort.by_row(layer.lora_dropout[adapter](input.float()))
         y = cohort.by_row(output)
-        h = torch.bmm(x, A[cohort.seats].mT) * s[cohort.seats]  # [rows, n, r]
-        y = torch.baddbmm(y.float(), h, B[cohort.seats].mT)
+        h = torch.bmm(x, A.of(cohort.seats).mT) * s[cohort.seats]  # [rows, n, r]
+        y = torch.baddbmm(y.float(), h, B.of(cohort.seats).mT)
         if L is not None and R is not None:
             z = torch.bmm(cohort.by_row(input.float()), R[cohort.seats].mT)
             y = torch.baddbmm(y, z, L[cohort.seats].mT)
@@ -133,24 +136,24 @@ def _lora(layer: Any, pair: Pair, cohort: Cohort, adapter: str) -> Forward:
     return forward
 
 
-def _linear(layer: Any, weight: torch.Tensor, bias: torch.Tensor | None, cohort: Cohort) -> Forward:
+def _linear(layer: Any, weight: Own, bias: Own | None, cohort: Cohort) -> Forward:
     def forward(input: torch.Tensor) -> torch.Tensor:
         import torch
 
-        x, at = cohort.by_row(input), (cohort.seats, cohort.places)
-        grouped = x.new_zeros(len(weight), cohort.most, *x.shape[1:]).index_put(at, x)  # [clients, most rows, n, d_in]
-        y = torch.bmm(grouped.flatten(1, 2), weight.mT).view(*grouped.shape[:3], -1)[at]  # [rows, n, d_out]
-        y = y if bias is None else y + bias[cohort.seats][:, None]
+        x = cohort.by_row(input)
+        grouped = x.new_zeros(len(cohort.present), cohort.most, *x.shape[1:]).index_put(cohort.places, x)  # [present, most, n, d_in]
+        y = torch.bmm(grouped.flatten(1, 2), weight.of(cohort.present).mT).view(*grouped.shape[:3], -1)[cohort.places]  # [rows, n, d_out]
+        y = y if bias is None else y + bias.of(cohort.seats)[:, None]
         return y.view(*input.shape[:-1], y.shape[-1])
 
     return forward
 
 
-def _layer_norm(layer: Any, weight: torch.Tensor, bias: torch.Tensor | None, cohort: Cohort) -> Forward:
+def _layer_norm(layer: Any, weight: Own, bias: Own | None, cohort: Cohort) -> Forward:
     def forward(input: torch.Tensor) -> torch.Tensor:
         from torch.nn import functional
 
-        y = cohort.by_row(functional.layer_norm(input, layer.normalized_shape, eps=layer.eps)) * weight[cohort.seats][:, None]
-        return (y if bias is None else y + bias[cohort.seats][:, None]).view(input.shape)
+        y = cohort.by_row(functional.layer_norm(input, layer.normalized_shape, eps=layer.eps)) * weight.of(cohort.seats)[:, None]
+        return (y if bias is None else y + bias.of(cohort.seats)[:, None]).view(input.shape)
 
     return forward

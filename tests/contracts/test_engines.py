@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from fedpeft.training.job import Job, rates
 from fedpeft.training.masks import Masks
 from fedpeft.training.optimizers import StackedAdamW
 from fedpeft.training.passes import Pass
-from fedpeft.training.stacked import Stacked
 
 CLOSE = 1e-5
 
@@ -25,7 +25,7 @@ CLOSE = 1e-5
 @pytest.fixture(autouse=True)
 def _said_again():
     """What is said once a process is said once a test."""
-    many._fell_back.cache_clear()
+    many._say.cache_clear()
     many._ran_out.cache_clear()
 
 
@@ -257,7 +257,9 @@ def falls_back(parts, config, caplog, reason):
     jobs = jobs_of(parts)
     expected = one.train(parts.adapted, parts.task, config, jobs)
     for _ in range(2):
-        assert farthest(expected, many.train(parts.adapted, parts.task, config, jobs)) == 0.0, "it is one itself"
+        ended = many.train(parts.adapted, parts.task, config, jobs)
+        assert farthest(expected, ended) == 0.0, "it is one itself"
+        assert all(trained.fell_back for trained in ended)
     assert len(said(caplog)) == 1 and reason in said(caplog)[0]
 
 
@@ -297,6 +299,14 @@ def test_a_bfloat16_base(tiny_settings, caplog):
     assert all(array.dtype == np.float32 for trained in right for array in trained.arrays.values())
 
 
+def test_the_rounds_of_a_run_say_that_its_engine_fell_back(tiny_settings, tmp_path):
+    (tmp_path / "mine.py").write_text("from fedpeft.training.optimizers import sgd as mine\n")
+    settings = settings_with(tiny_settings, engine="many", optimizer=f"{tmp_path / 'mine.py'}:mine", max_steps=1)
+    run = simulate(Config.from_dict({**settings, "strategy": {"num_rounds": 1}}), tmp_path / "run")
+    (record,) = (line for line in map(json.loads, (run.folder / "rounds.jsonl").read_text().splitlines()) if line["round"] == 1)
+    assert record["report"]["clients_fell_back"] == 1.0
+
+
 @pytest.mark.parametrize("strategy", ["fedavg", "ffa_lora", "lora_fair", "fedsmooth_lora", "ro_lora", "flora"])
 def test_whole_runs_agree(strategy, tiny_settings, tmp_path):
     ended = {}
@@ -319,13 +329,12 @@ def as_products(arrays):
     return found
 
 
-TAKE, SCALINGS, SHIFTS = Stacked.take_gradients, many.CohortTraining._scalings, many.CohortTraining._shifts
+SCALINGS, SHIFTS = many.CohortTraining._scalings, many.CohortTraining._shifts
 SEATS, ADAMW = Pass.seats, StackedAdamW.step
 
 
-def clipped_together(stack):
-    gradients = TAKE(stack)
-    return gradients * (0.5 / (gradients.norm() + 1e-6)).clamp(max=1.0)
+def clipped_together(gradients, norm):
+    gradients.mul_((norm / (gradients.norm() + 1e-6)).clamp(max=1.0))
 
 
 def decayed_twice(optimizer, values, gradients, rates):
@@ -340,7 +349,7 @@ def drawn_again(masks, question, shape, keep, dtype):
 ERRORS = {  # one of each kind that training many clients together invites
     "scaling dropped": (many.CohortTraining, "_scalings", lambda self: {k: torch.ones_like(s) for k, s in SCALINGS(self).items()}),
     "scaling of another": (many.CohortTraining, "_scalings", lambda self: {k: s[:1].expand_as(s) for k, s in SCALINGS(self).items()}),
-    "clipped together": (Stacked, "take_gradients", clipped_together),
+    "clipped together": (many, "_clip", clipped_together),
     "decayed twice": (StackedAdamW, "step", decayed_twice),
     "rates of another": (StackedAdamW, "step", lambda self, v, g, r: ADAMW(self, v, g, r[:1].expand_as(r))),
     "rates of another round": (many, "rates", lambda config, examples, round: rates(config, examples, 1)),
