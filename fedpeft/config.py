@@ -165,7 +165,11 @@ class TrainingSection(Section):
     head_init: str = Field(
         "class_statistics", description="the head before round 1: random, or from class statistics summed over the clients"
     )
-    engine: str = Field("one", description="one: a client at a time")
+    engine: str = Field("one", description="one: a client at a time; many: many in one pass, with the same numbers")
+    clients_at_once: int | None = Field(None, ge=1, description="clients that engine many trains together; null: what memory_gb allows")
+    memory_gb: float | None = Field(
+        None, gt=0, description="memory that engine many plans for; null: a quarter of the machine's, or most of what is free on a GPU"
+    )
     device: str = Field("auto", description='"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"')
 
     @model_validator(mode="after")

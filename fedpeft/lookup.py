@@ -70,10 +70,15 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "engine": {
         "one": "fedpeft.training.one:train",
+        "many": "fedpeft.training.many:train",
     },
     "optimizer": {
         "adamw": "fedpeft.training.optimizers:adamw",
         "sgd": "fedpeft.training.optimizers:sgd",
+    },
+    "stacked_optimizer": {
+        "adamw": "fedpeft.training.optimizers:StackedAdamW",
+        "sgd": "fedpeft.training.optimizers:StackedSgd",
     },
     "schedule": {
         "constant": "fedpeft.training.schedules:constant",

@@ -71,6 +71,18 @@ def llama(vocabulary):
     return LlamaModel(LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, **SMALL))
 
 
+def qwen2(vocabulary):
+    from transformers import Qwen2Config, Qwen2Model
+
+    return Qwen2Model(Qwen2Config(vocab_size=vocabulary, num_key_value_heads=2, **SMALL))
+
+
+def gemma(vocabulary):
+    from transformers import GemmaConfig, GemmaModel
+
+    return GemmaModel(GemmaConfig(vocab_size=vocabulary, num_key_value_heads=2, head_dim=8, **SMALL))
+
+
 MODELS = [bert, bert_without_pooler, roberta, distilbert, deberta, modernbert, bart, gpt2, llama]
 
 TARGETS = {distilbert: ["q_lin", "v_lin"]}  # its pre_classifier is a head, and PEFT will not put LoRA on what it saves whole
@@ -122,3 +134,33 @@ def test_logits_do_not_depend_on_batch_mates(tiny_settings, tiny_bert, tmp_path)
     parts = assemble(Config.from_dict({**tiny_settings, "model": {"name": str(tmp_path / "base")}, "adapter": {"name": "lora"}}))
     alone = np.concatenate([evaluate.logits(parts.adapted, parts.test.take(np.array([row])), 1) for row in range(len(parts.test))])
     np.testing.assert_allclose(evaluate.logits(parts.adapted, parts.test, 24), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [*(make for make in MODELS if make is not bart), qwen2, gemma], ids=lambda make: make.__name__)
+def test_many_clients_train_in_one_pass_as_one_by_one(make, tiny_settings, tiny_bert, tmp_path, caplog):
+    """With the dropouts of the model's own config, one on the adapter's input, and every linear layer adapted."""
+    from transformers import AutoTokenizer
+
+    from fedpeft.training import many, one
+    from fedpeft.training.job import Job
+
+    many._say.cache_clear()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(3)
+        make(len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = {"name": "lora", "r": 4, "lora_dropout": 0.1, "target_modules": TARGETS.get(make, "all-linear")}
+    training = {**tiny_settings["training"], "optimizer": "sgd", "learning_rate": 0.1, "max_steps": 3}
+    parts = assemble(
+        config := Config.from_dict({**tiny_settings, "model": {"name": str(tmp_path / "base")}, "adapter": adapter, "training": training})
+    )
+    jobs = [Job(client, 1, parts.adapted.read(), parts.adapted.trained, node.train) for client, node in parts.worker.nodes.items()]
+    left, right = (engine.train(parts.adapted, parts.task, config, jobs) for engine in (one, many))
+    assert not [record for record in caplog.records if record.name == many.__name__]
+    for mine, theirs, job in zip(right, left, jobs, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, abs=1e-5)
+        assert max(np.abs(theirs.arrays[name] - job.start[name]).max() for name in job.names) > 1e-3
+        for name in job.names:
+            np.testing.assert_allclose(mine.arrays[name], theirs.arrays[name], atol=1e-5, err_msg=name)

@@ -14,9 +14,7 @@ from fedpeft.records import Arrays, Assignment, Failure, Metrics, Update, merged
 from fedpeft.strategies.strategy import Gradients, Round, Strategy, Turn
 from fedpeft.training import evaluate
 from fedpeft.training.gradients import full_gradients
-from fedpeft.training.job import Job, step_sizes
-
-BREAKS = (RuntimeError, ValueError, IndexError, ArithmeticError)  # what torch and NumPy raise, out of memory included
+from fedpeft.training.job import BREAKS, Job, step_sizes
 
 
 class Worker:
@@ -70,6 +68,7 @@ class Worker:
                 answers.append(trained)
                 continue
             metrics = {"loss": trained.loss, **self._validate(self.strategy.own(turn), self.nodes[job.client])}
+            metrics |= {"fell_back": 1.0} if trained.fell_back else {}
             upload, self.memory[job.client] = self.strategy.end(turn, job.start, trained.arrays)
             answers.append(Update(job.round, job.client, upload, len(job.data), metrics, trained.seconds))
         return answers

@@ -12,8 +12,10 @@ from fedpeft.config import Config
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.examples import Indices
 from fedpeft.lookup import find
-from fedpeft.records import Arrays
+from fedpeft.records import Arrays, Failure
 from fedpeft.training import schedules
+
+BREAKS = (RuntimeError, ValueError, IndexError, ArithmeticError)  # what torch and NumPy raise, out of memory included
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,17 @@ class Trained:
     loss: float  # mean over the steps, each before its step
     steps: int
     seconds: float
+    fell_back: bool = False  # trained by the reference engine, since the engine asked for does not cover it
+
+
+def broken(job: Job, error: Exception) -> Failure:
+    """What is said of a job whose training raised `error`."""
+    return Failure(job.round, job.client, f"training broke: {error}")
+
+
+def dropout_seed(config: Config, job: Job) -> int:
+    """Seed of the generator that a job's dropout masks come from."""
+    return seeds.derive(config.seed, "dropout", job.round, job.client)
 
 
 def local_steps(config: Config, examples: int) -> int:

@@ -16,7 +16,7 @@ from fedpeft.adapters.adapted import Adapted
 from fedpeft.config import Config
 from fedpeft.lookup import find
 from fedpeft.records import Failure
-from fedpeft.training.job import Job, Trained, batches, rates
+from fedpeft.training.job import BREAKS, Job, Trained, batches, broken, dropout_seed, rates
 
 
 def train(adapted: Adapted, task: Any, config: Config, jobs: Sequence[Job]) -> list[Trained | Failure]:
@@ -27,8 +27,8 @@ def train(adapted: Adapted, task: Any, config: Config, jobs: Sequence[Job]) -> l
 def _attempt(adapted: Adapted, task: Any, config: Config, job: Job) -> Trained | Failure:
     try:
         return _train_client(adapted, task, config, job)
-    except (RuntimeError, ValueError, IndexError, ArithmeticError) as error:  # what torch raises, out of memory included
-        return Failure(job.round, job.client, f"training broke: {error}")
+    except BREAKS as error:
+        return broken(job, error)
 
 
 def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trained:
@@ -43,7 +43,7 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
     losses: list[float] = []
     anchors = [parameter.detach().clone() for parameter in parameters] if job.proximal else []
     adapted.model.train()
-    with seeds.torch_seed(seeds.derive(config.seed, "dropout", job.round, job.client), adapted.base.device):
+    with seeds.torch_seed(dropout_seed(config, job), adapted.base.device):
         for rate, parts in zip(rates(config, len(job.data), job.round), batches(config, job), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate

@@ -1,0 +1,64 @@
+"""How much engine `many` takes on at once, from a budget of memory.
+
+Half of the budget is for what each client of a cohort has: five copies of its numbers (start, values, gradients and two
+moments). The other half is for the activations of a pass: what the backward pass needs is counted, tensor by tensor, while
+one row goes through the model, and a pass may hold as many tokens as fit. The plan depends on the machine, the model and
+the jobs alone, so that a repeated run is cut alike.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from fedpeft.config import TrainingSection
+
+if TYPE_CHECKING:
+    import torch
+
+COPIES = 5  # of every client's numbers
+ON_CPU = 512  # tokens of a pass: more of them fall out of the cache, and rows of like length part less well (benchmarks/engine.py)
+
+
+def budget(training: TrainingSection, device: str) -> float:
+    """Bytes that the engine plans for."""
+    import torch
+
+    if training.memory_gb is not None:
+        return training.memory_gb * 1e9
+    if device.startswith("cuda"):
+        return 0.8 * (torch.cuda.get_device_properties(device).total_memory - torch.cuda.memory_allocated(device))
+    return 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def clients_at_once(training: TrainingSection, device: str, numbers: int) -> int:
+    """Clients of a cohort when each has so many numbers."""
+    if training.clients_at_once is not None:
+        return training.clients_at_once
+    return max(1, int(budget(training, device) / 2 / (COPIES * 4 * numbers)))
+
+
+def tokens_at_once(training: TrainingSection, device: str, bytes_a_token: float) -> int:
+    """Tokens of a pass, padding included."""
+    fit = int(budget(training, device) / 2 / bytes_a_token)
+    return fit if device.startswith("cuda") else min(fit, ON_CPU)
+
+
+@contextmanager
+def counted(standing: Iterable[torch.Tensor]) -> Iterator[Callable[[], int]]:
+    """Gives a function that says how many bytes were kept for the backward pass inside the block, without those of `standing`."""
+    import torch
+
+    ours = {tensor.untyped_storage().data_ptr() for tensor in standing}
+    kept: dict[int, int] = {}  # by storage, which several tensors may share
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield lambda: sum(kept.values())

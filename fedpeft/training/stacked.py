@@ -1,0 +1,101 @@
+"""The tensors of a cohort: one row of a matrix a client, and views of it by name.
+
+values [clients, numbers]      A [clients, r, d_in], B [clients, d_out, r], ... are views of its columns
+
+Clipping, FedProx, SCAFFOLD and the optimiser work on the matrix, the model on the views. A client of a smaller rank fills
+the first rows of A and columns of B; the rest is zero, gets the gradient zero and stays zero.
+
+A pass asks for the tensors of the clients that are in it, and its gradients are added to theirs in place: what a pass costs
+does not grow with the cohort.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedpeft.records import Arrays
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Own:
+    """One tensor of every client, [clients, ...]; `gradients` is None where it does not train."""
+
+    def __init__(self, values: torch.Tensor, gradients: torch.Tensor | None) -> None:
+        self.values = values
+        self.gradients = gradients
+        self.reached = False  # a backward pass has come here
+        if gradients is not None:
+            values.requires_grad_()
+
+    def of(self, seats: torch.Tensor) -> torch.Tensor:
+        """[seats, ...]; what the backward pass finds is added to `gradients`."""
+        found: torch.Tensor = self.values[seats] if self.gradients is None else _gather().apply(self.values, seats, self)
+        return found
+
+
+@functools.cache
+def _gather() -> Any:
+    import torch
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: torch.Tensor, seats: torch.Tensor, own: Own) -> torch.Tensor:
+            ctx.seats, ctx.own = seats, own
+            return values.index_select(0, seats)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
+            ctx.own.gradients.index_add_(0, ctx.seats, gradient)
+            ctx.own.reached = True
+            return None, None, None
+
+    return Gather
+
+
+class Stacked:
+    """The tensors `names` of all clients of a cohort, of the largest shape that any of them has."""
+
+    def __init__(self, clients: Sequence[Arrays], names: Sequence[str], device: str, train: bool) -> None:
+        import torch
+
+        self.device = device
+        self._shapes = [{name: arrays[name].shape for name in names} for arrays in clients]
+        self._largest = {
+            name: tuple(max(sizes) for sizes in zip(*(shapes[name] for shapes in self._shapes), strict=True)) for name in names
+        }
+        ends = np.cumsum([0, *(math.prod(shape) for shape in self._largest.values())]).tolist()
+        self._columns = {name: slice(*ends[place : place + 2]) for place, name in enumerate(names)}
+        self.width = ends[-1]
+        self.values = self.matrix(clients)
+        self.gradients = torch.zeros_like(self.values) if train else None
+        self.tensors = {name: Own(self._view(self.values, name), self._gradients(name)) for name in names}
+
+    def matrix(self, clients: Sequence[Arrays]) -> torch.Tensor:
+        """[clients, numbers]: those of the tensors that each of `clients` has, zero elsewhere."""
+        import torch
+
+        matrix = np.zeros((len(clients), self.width), np.float32)
+        for row, arrays in zip(matrix, clients, strict=True):
+            for name, shape in self._largest.items():
+                if name in arrays:
+                    row[self._columns[name]].reshape(shape)[tuple(map(slice, arrays[name].shape))] = arrays[name]
+        return torch.from_numpy(matrix).to(self.device)
+
+    def _view(self, matrix: torch.Tensor, name: str) -> torch.Tensor:
+        return matrix[:, self._columns[name]].view(len(matrix), *self._largest[name])
+
+    def _gradients(self, name: str) -> torch.Tensor | None:
+        return None if self.gradients is None else self._view(self.gradients, name)
+
+    def read(self, row: int) -> Arrays:
+        """A copy of one client's tensors, each of the client's own shape."""
+        values = self.values[row].detach().cpu().numpy()
+        found = {name: values[self._columns[name]].reshape(shape) for name, shape in self._largest.items()}
+        return {name: array[tuple(map(slice, self._shapes[row][name]))].copy() for name, array in found.items()}
