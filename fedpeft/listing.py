@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from fedpeft.adapters.federable import FEDERABLE
 from fedpeft.config import Config, Section
 from fedpeft.errors import Problem, UserError, nearest
 from fedpeft.lookup import TABLES, find, first_line, settings_of
@@ -28,11 +29,19 @@ def describe(kind: str) -> Iterator[str]:
         for name in TABLES[kind]:
             target = find(kind, name)
             yield f"{name}: {first_line(target)}"
+            if name in notes(kind):
+                yield f"    {notes(kind)[name]}"
             if kind != "engine":
                 yield from _fields(settings_of(target), "    ")
+        yield from (f"{name}: {note}" for name, note in notes(kind).items() if name not in TABLES[kind])
     else:
         known = ("config", *TABLES)
         raise UserError(Problem("fedpeft list", f'there is no kind "{kind}"', ", ".join(known), nearest(kind, known)))
+
+
+def notes(kind: str) -> Mapping[str, str]:
+    """What is to be known of the names of a kind besides their settings; also of names that no table holds."""
+    return {name: facts.sentence for name, facts in FEDERABLE.items()} if kind == "adapter" else {}
 
 
 def _keys(model: type[BaseModel], above: str) -> Iterator[str]:

@@ -96,9 +96,11 @@ class Worker:
             start, drift = self.strategy.begin(turn), self.strategy.drift(turn)
         except BREAKS as error:
             return Failure(assignment.round, assignment.client, f"beginning broke: {error}")
-        names = self.strategy.trains(self.adapted.trained, turn.at)
+        adapter = self.adapted.adapter
+        resting = adapter.resting(turn.at.layout, turn.received)
+        names = self.strategy.trains([name for name in self.adapted.trained if name not in resting], turn.at)
         data, mu = self.nodes[assignment.client].train, self.strategy.proximal(turn.at)
-        return Job(assignment.client, assignment.round, start, names, data, mu, drift)
+        return Job(assignment.client, assignment.round, start, names, data, mu, drift, adapter.rules(turn.at.layout, start))
 
     def _refused(self, assignment: Assignment) -> Failure | None:
         """What does not travel must be what the server has: the digest of the tensors this client holds is checked."""

@@ -32,7 +32,8 @@ class Judged:
 def assign(federation: Federation, action: str, clients: Sequence[int], outcome: Outcome, round: int) -> Asked:
     """What the strategy sends, with what a client has not seen yet, and the digest of what it holds already."""
     at = federation.at(round)
-    own = [name for name in outcome.arrays if merged_round(name) < 0 and not name.startswith(BESIDE)]
+    resting = federation.resting(outcome.arrays)
+    own = [name for name in outcome.arrays if merged_round(name) < 0 and not name.startswith(BESIDE) and name not in resting]
     every = {*federation.strategy.sends(own, at), *(name for name in outcome.arrays if name.startswith(BESIDE))}
     first = {*federation.strategy.once(own, at)}
     made: dict[tuple[int, int | None], tuple[Arrays, str, float]] = {}

@@ -96,6 +96,7 @@ class Strategy(Settings):
         if adapter.mixed_ranks and not self.mixed_ranks:
             got = f"clients of different ranks, which {type(self).__name__} cannot average"
             raise UserError(Problem("adapter.r", got, "one rank for all", "or take strategy flex_lora, flora, het_lora or fedex_lora"))
+        adapter.check_strategy(self)
 
     def check(self, layout: Layout) -> None:
         """Raises UserError when the strategy means nothing for adapters of this layout."""

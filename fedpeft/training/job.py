@@ -14,6 +14,7 @@ from fedpeft.data.examples import Indices
 from fedpeft.lookup import find
 from fedpeft.records import Arrays
 from fedpeft.training import schedules
+from fedpeft.training.rules import Rules
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Job:
     data: Encoded
     proximal: float = 0.0  # mu of the pull towards `start`
     drift: Arrays = field(default_factory=dict)  # added to the gradients of the tensors it names, in every step
+    rules: Rules = Rules()  # what the adapter wants of single tensors
 
 
 @dataclass(frozen=True)

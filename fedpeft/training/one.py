@@ -1,6 +1,8 @@
 """The reference engine: one client at a time, stock Transformers and PEFT, written to be read.
 
-A step of client k:   L = mean over the records of the step's batches;   g = clip(grad L) + mu (theta - theta_start) + drift;   optimiser
+A step of client k:   L = mean over the records of the step's batches;   g = (clip(grad L) + mu (theta - theta_start)) M + drift;   optimiser
+
+M and the optimiser of a tensor are the adapter's to say (rules.py).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from fedpeft.config import Config
 from fedpeft.lookup import find
 from fedpeft.records import Failure
 from fedpeft.training.job import Job, Trained, batches, rates
+from fedpeft.training.rules import optimizers, set_rate
 
 
 def train(adapted: Adapted, task: Any, config: Config, jobs: Sequence[Job]) -> list[Trained | Failure]:
@@ -36,16 +39,20 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
     training = config.training
     adapted.write(job.start)
     parameters = adapted.train_only(job.names)
-    optimizer = find("optimizer", training.optimizer)(parameters, training.learning_rate, training.weight_decay)
-    drifts = [(adapted.parameters[name], torch.from_numpy(job.drift[name]).to(adapted.base.device)) for name in sorted(job.drift)]
+    trained = dict(zip(job.names, parameters, strict=True))
+    steppers = optimizers(trained, job.rules, find("optimizer", training.optimizer), training.weight_decay)
+    multipliers, drifts = (
+        [(adapted.parameters[name], torch.from_numpy(arrays[name]).to(adapted.base.device)) for name in sorted(arrays)]
+        for arrays in (job.rules.multipliers, job.drift)
+    )
     losses: list[float] = []
     anchors = [parameter.detach().clone() for parameter in parameters] if job.proximal else []
     adapted.model.train()
     with seeds.torch_seed(seeds.derive(config.seed, "dropout", job.round, job.client), adapted.base.device):
         for rate, parts in zip(rates(config, len(job.data), job.round), batches(config, job), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad()
+            set_rate(steppers, rate)
+            for stepper in steppers:
+                stepper.zero_grad()
             records = sum(len(rows) for rows in parts)
             loss = 0.0
             for rows in parts:
@@ -59,10 +66,15 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
                 for parameter, anchor in zip(parameters, anchors, strict=True):
                     assert parameter.grad is not None
                     parameter.grad.add_(parameter.detach() - anchor, alpha=job.proximal)
+            for parameter, M in multipliers:
+                assert parameter.grad is not None
+                parameter.grad.copy_(parameter.grad @ M)
             for parameter, drift in drifts:
                 assert parameter.grad is not None
                 parameter.grad.add_(drift)
-            optimizer.step()
+            for stepper in steppers:
+                stepper.step()
             losses.append(loss)
-    optimizer.zero_grad()
+    for stepper in steppers:
+        stepper.zero_grad()
     return Trained(adapted.read(job.names), sum(losses) / len(losses), len(losses), time.perf_counter() - started)
