@@ -58,7 +58,7 @@ class Adapted:
 
     @property
     def first_trained_layer(self) -> int | None:
-        """The lowest transformer layer with a tensor that trains: what is below stays constant. 0 when something below all layers trains."""
+        """The lowest transformer layer in which something trains: what is below stays constant. 0 when something below all layers does."""
         trained = {id(self.parameters[name]) for name in self.trained if name not in self.resting and name not in self.head}
         return layers.lowest([(name, module) for name, module in self.model.named_modules()], trained)
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fedpeft import seeds
 from fedpeft.adapters import frozen
 from fedpeft.adapters.adapted import Adapted
-from fedpeft.adapters.matching import check_matches
+from fedpeft.adapters.matching import check_head, check_rank
 from fedpeft.errors import Problem, UserError
 from fedpeft.lookup import Settings
 from fedpeft.records import Arrays, Layout
@@ -41,7 +41,6 @@ class Adapter(Settings):
     """Settings of one adapter family. PEFT does the work; a subclass says which of its configs."""
 
     factored: ClassVar[bool] = False  # the update of every matrix is s B A: strategies may work on the factors
-    turnable: ClassVar[bool] = True  # strategies may change the basis of the factors, or train them in turns
     decomposes: ClassVar[bool] = False  # it computes with the values of the base's weights, which must not be quantised
 
     @abstractmethod
@@ -88,13 +87,9 @@ class Adapter(Settings):
 
     def check_strategy(self, strategy: Any) -> None:
         """Raises UserError when the adapter means nothing with a `Strategy`; loads nothing."""
-        names = f"{type(strategy).__name__}", f"{type(self).__name__}"
         if strategy.of_factors and not self.factored:
-            got = f"{names[0]} works on LoRA factors, and {names[1]} has none or more than these"
+            got = f"{type(strategy).__name__} works on LoRA factors, and {type(self).__name__} has none or more than these"
             raise UserError(Problem("strategy.name", got, do="use strategy fedavg, or adapter lora"))
-        if strategy.of_factors and not strategy.plain_mean and not self.turnable:
-            got = f"{names[0]} changes both factors, and {names[1]} keeps A as it was drawn"
-            raise UserError(Problem("strategy.name", got, do="use strategy fedavg, which is exact here, or adapter lora"))
 
     def check(self, skeleton: Any, peft_task: str) -> None:
         """Attach to a model without weights. Raises UserError when PEFT refuses, with its reason and the layers there are."""
@@ -104,18 +99,24 @@ class Adapter(Settings):
 
         if self.decomposes and getattr(skeleton.config, "quantization_config", None) is not None:
             raise UserError(Problem("adapter.name", WANTS_FLOATS, do="use adapter lora, or the unquantised model in bfloat16"))
-        modules = [name for name, module in skeleton.base_model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+        linear = [name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+        head = [name for name in linear if not name.startswith(f"{skeleton.base_model_prefix}.")]
+        modules = sorted(set(linear) - set(head))
         layers = ", ".join(sorted({name.rpartition(".")[2] for name in modules}))
         try:
             try:
-                model = get_peft_model(skeleton, self.peft_config(peft_task, ()))
+                config = self.peft_config(peft_task, ())
+                check_head(config, head)
+                model = get_peft_model(skeleton, config)
             except NotImplementedError:  # it computes with the values of weights, and there are none: LoRA matches the same layers
                 targets = getattr(self, "target_modules", None)
                 model = get_peft_model(skeleton, LoraConfig(r=1, target_modules=targets, task_type=peft_task))
+        except UserError:
+            raise
         except (ValueError, TypeError, KeyError, re.error) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(Problem("adapter", f"PEFT cannot attach it ({reason})", f"target_modules among {layers}")) from error
-        check_matches(model, self.rank)
+        check_rank(model, self.rank)
 
     def attach(self, base: Base, peft_task: str, seed: int, train_head: bool) -> Adapted:
         """A PEFT model around the base, its new tensors drawn from `seed` and kept in float32.

@@ -46,8 +46,8 @@ class Facts(NamedTuple):
             return f"refused: {self.says}; {self.instead}"
         mends = f", exactly with {self.mends}" if self.mends else ""
         off = f" (error {self.error:.2f} for random clients{mends})" if self.how is How.APPROXIMATE else ""
-        each = "in closed form" if self.per_example else "by microbatches of one only"
-        return f"{self.how.value}{off}; trains {self.trains}; equal everywhere: {self.shared}; gradients of single examples: {each}"
+        each = "; has gradients of single examples in closed form" if self.per_example else ""
+        return f"{self.how.value}{off}; trains {self.trains}; equal everywhere: {self.shared}{each}"
 
 
 EXACT, APPROXIMATE, REFUSED = How.EXACT, How.APPROXIMATE, How.REFUSED
@@ -58,9 +58,7 @@ FEDERABLE = {
     # --- with a file of their own
     "lora": Facts("LORA", APPROXIMATE, "A, B", error=0.66, mends=PRODUCTS, per_example=True),
     "lora_fa": Facts("LORA", EXACT, "B", "A, drawn from the seed and compared by digest", per_example=True),
-    "fora": Facts(
-        "LORA", APPROXIMATE, "A, B, gate of the chosen layers", "the choice of layers, sent by the server", 0.86, per_example=True
-    ),
+    "fora": Facts("LORA", APPROXIMATE, "A, B, gate of the chosen layers", "the choice of layers, sent by the server", 0.86),
     "dora": Facts("LORA", APPROXIMATE, "A, B, magnitudes", error=0.91),
     "bd_lora": Facts("LORA", APPROXIMATE, "A, B in blocks", error=0.66),
     "miss": Facts("MISS", EXACT, "one matrix a layer"),
@@ -85,7 +83,7 @@ FEDERABLE = {
     "ln_tuning": Facts("LN_TUNING", EXACT, "layer norms"),
     "loha": Facts("LOHA", APPROXIMATE, "four factors a layer", error=0.87),
     "lokr": Facts("LOKR", APPROXIMATE, "Kronecker factors", error=0.55),
-    "oft": Facts("OFT", APPROXIMATE, "rotations", error=1.12),
+    "oft": Facts("OFT", APPROXIMATE, "rotations", "indices", 1.12),
     "psoft": Facts("PSOFT", APPROXIMATE, "rotation and two vectors in a principal subspace", "the subspaces", 0.45),
     "pvera": Facts("PVERA", APPROXIMATE, "b, d", "random A, B", 0.67),
     "road": Facts("ROAD", APPROXIMATE, "rotation angles and scales", error=0.24),

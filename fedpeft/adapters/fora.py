@@ -31,6 +31,7 @@ from fedpeft.adapters import peft_folder
 from fedpeft.adapters.adapted import A_FACTOR, B_FACTOR, Adapted
 from fedpeft.adapters.layers import layer_of
 from fedpeft.adapters.lora import LoraLike
+from fedpeft.errors import Problem, UserError
 from fedpeft.records import BESIDE, Arrays, Layout
 from fedpeft.training.layer_scores import LayerScores
 from fedpeft.training.rules import Rules
@@ -58,7 +59,7 @@ class Fora(LoraLike):
     score: Literal["example", "batch"] = Field(
         "example", description="whose gradients are squared: an example's (paper) or a batch's (code)"
     )
-    score_examples: int = Field(4, ge=1, description="examples that each client scores the layers on")
+    score_examples: int = Field(3, ge=1, description="examples that each client scores the layers on")
     orthonormal: bool = Field(True, description="false: plain LoRA in the chosen layers")
     b_rate_factor: float = Field(5.0, gt=0, description="learning rate of B on the manifold, as a multiple of training.learning_rate")
 
@@ -66,6 +67,16 @@ class Fora(LoraLike):
     def rank(self) -> int:
         """r."""
         return self.r
+
+    def check(self, skeleton: Any, peft_task: str) -> None:
+        """As every adapter; there must be layers."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        super().check(skeleton, peft_task)
+        tuned = [name for name, module in skeleton.named_modules() if isinstance(module, BaseTunerLayer)]
+        if not any(layer_of(name) for name in tuned):
+            got = f"fora has no layers to choose from: the targets ({', '.join(tuned[:3])}) lie outside of all"
+            raise UserError(Problem("adapter.target_modules", got, do="name modules inside the transformer layers, or use adapter lora"))
 
     def survey(self) -> Any:
         """The layers' scores, where there is a choice to make."""

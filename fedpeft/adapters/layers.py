@@ -21,10 +21,12 @@ def layer_of(module: str) -> tuple[str, int] | None:
 def lowest(modules: Sequence[tuple[str, Any]], trained: Collection[int]) -> int | None:
     """The number of the first layer, in the order of `modules`, that holds a parameter whose id is among `trained`.
 
-    0 when such a parameter lies before all layers, None when there is none.
+    0 when such a parameter lies before all layers, the number of layers when it lies behind them, None when there is none.
     """
+    behind = 0
     for name, module in modules:
+        layer = layer_of(name)
         if any(id(parameter) in trained for parameter in module.parameters(recurse=False)):
-            found = layer_of(name)
-            return found[1] if found else 0
+            return layer[1] if layer else behind
+        behind = max(behind, layer[1] + 1) if layer else behind
     return None

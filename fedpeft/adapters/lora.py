@@ -25,13 +25,18 @@ from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.adapter import Adapter
 from fedpeft.adapters.inits import Init
 from fedpeft.adapters.ranks import Ranks, deal, highest
-from fedpeft.errors import UserError
+from fedpeft.errors import Problem, UserError
 from fedpeft.lookup import find
+from fedpeft.records import Layout, Pair
+from fedpeft.strategies.strategy import Round
 
 if TYPE_CHECKING:
     from fedpeft.base import Base
 
 TARGETS = 'names or a regular expression of the layers to adapt, or "all-linear"; null: PEFT\'s choice for the architecture'
+
+
+ONE = Pair("layer", "A", "B", 1.0)  # to ask a strategy what it does with a pair
 
 
 class LoraLike(Adapter):
@@ -107,6 +112,13 @@ class Lora(LoraLike):
     def ranks(self, names: Sequence[str], seed: int) -> dict[int, int]:
         """The rank of each client, where they may differ."""
         return dict(enumerate(deal(self.r, names, seed))) if self.mixed_ranks else {}
+
+    def check_strategy(self, strategy: Any) -> None:
+        """As every adapter; an initialisation needs factors that outlive a round."""
+        super().check_strategy(strategy)
+        if self.start.shifts and ONE.B not in strategy.sends((ONE.A, ONE.B), Round(1, 1, Layout({}, (ONE,)))):
+            got = f"{type(strategy).__name__} starts the factors anew in every round, and init {self.init} is lost"
+            raise UserError(Problem("adapter.init", got, "kaiming", "or another strategy"))
 
     def survey(self) -> Any:
         """The full gradient, for the initialisation that starts from it."""

@@ -15,19 +15,27 @@ Paper: Zhang et al. 2023 (arXiv:2308.03303), and its second version for the corr
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 
-from fedpeft.adapters.lora import Lora
+from fedpeft.adapters.lora import ONE, Lora
+from fedpeft.errors import Problem, UserError
 from fedpeft.records import Arrays, Layout
+from fedpeft.strategies.strategy import Round
 from fedpeft.training.rules import Rules
 
 
 class LoraFa(Lora):
     """LoRA with A frozen and B's gradient corrected by (A A^T)^{-1} / s^2. Averages exactly, sends half."""
 
-    turnable: ClassVar[bool] = False
+    def check_strategy(self, strategy: Any) -> None:
+        """As LoRA; the strategy has to leave A alone and train B in every round."""
+        super().check_strategy(strategy)
+        rounds = (Round(number, 2, Layout({}, (ONE,))) for number in (1, 2))
+        if strategy.refactors or any(ONE.B not in strategy.trains((ONE.A, ONE.B), at) for at in rounds):
+            got = f"{type(strategy).__name__} changes or trains A, and lora_fa keeps A as it was drawn"
+            raise UserError(Problem("strategy.name", got, do="use strategy fedavg, which is exact here, or adapter lora"))
 
     def resting(self, layout: Layout, arrays: Arrays) -> frozenset[str]:
         """Every A."""

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from fedpeft.base import KEPT_BY_PEFT
 from fedpeft.errors import Problem, UserError
 
+EVERYWHERE = "all-linear"  # PEFT's word, which leaves the head out by itself
 
-def check_matches(model: Any, rank: int | None) -> None:
-    """Raises UserError when the adapter sits in the head too, or when its rank is more than a matched matrix can have."""
+
+def check_head(config: Any, head: Sequence[str]) -> None:
+    """Raises UserError when targets that a person gave match linear layers of the `head` too, which is trained whole."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    targets = getattr(config, "target_modules", None)
+    matched = [name for name in head if targets and targets != EVERYWHERE and check_target_module_exists(config, name)]
+    if matched:
+        got = f"{_said(targets)} also matches {', '.join(matched)} in the head, which is trained whole"
+        raise UserError(
+            Problem("adapter.target_modules", got, do="use a regular expression with the encoder's path, such as '.*layer.*dense'")
+        )
+
+
+def check_rank(model: Any, rank: int | None) -> None:
+    """Raises UserError when `rank` is more than an adapted matrix can have."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    tuned = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
-    in_head = [name for name in tuned if KEPT_BY_PEFT & set(name.split("."))]
-    if in_head and len(in_head) < len(tuned):
-        short = in_head[0].removeprefix("base_model.model.")
-        got = f"they match {len(tuned) - len(in_head)} layers of the encoder and {short} of the head, which is trained whole"
-        raise UserError(Problem("adapter.target_modules", got, do=f"say the encoder's with its path, such as {_regex(tuned, in_head)}"))
-    for name, layer in tuned.items():
-        sizes = [getattr(layer, size, None) for size in ("in_features", "out_features")]
-        smallest = min((size for size in sizes if isinstance(size, int)), default=None)
-        if rank is not None and smallest is not None and rank > smallest:
+    if rank is None:
+        return
+    for name, layer in model.named_modules():
+        sizes = [getattr(layer, size, None) for size in ("in_features", "out_features")] if isinstance(layer, BaseTunerLayer) else []
+        smallest = min((size for size in sizes if isinstance(size, int)), default=rank)
+        if rank > smallest:
             short = name.removeprefix("base_model.model.")
-            got = f"{rank} is more than the {smallest} rows or columns of {short}"
-            raise UserError(Problem("adapter.r", got, f"at most {smallest}", "or other target_modules"))
+            raise UserError(Problem("adapter.r", f"{rank} is more than the {smallest} rows or columns of {short}", f"at most {smallest}"))
 
 
-def _regex(tuned: Any, in_head: list[str]) -> str:
-    example = next(name for name in tuned if name not in in_head).removeprefix("base_model.model.").split(".")
-    return f"'{example[0]}[.].*[.]{example[-1]}'"
+def _said(targets: Any) -> str:
+    return targets if isinstance(targets, str) else ", ".join(sorted(targets))

@@ -32,8 +32,10 @@ def other(name: str) -> type[Other]:
     if facts.how is How.REFUSED:
         raise UserError(Problem("adapter.name", f'"{name}" cannot be federated: {facts.says}', do=facts.instead))
 
+    peft = facts.peft
+
     class Named(Other):
-        peft_type: ClassVar[str] = facts.peft
+        peft_type: ClassVar[str] = peft
 
     Named.__name__ = Named.__qualname__ = name
     return Named

@@ -45,7 +45,7 @@ class Shira(Plain):
         return config
 
 
-def columns(layer: torch.nn.Module, r: int, random_seed: int, **others: Any) -> torch.Tensor:
+def columns(layer: torch.nn.Linear, r: int, random_seed: int, **others: Any) -> torch.Tensor:
     """A mask [d_out, d_in] of r (d_out + d_in) ones that fill whole columns, in a random order, the last one from its top."""
     import torch
 

@@ -117,6 +117,8 @@ class Worker:
         """Remember, for the rounds to come, what is sent but once; merges of a round that is being played again are forgotten."""
         at = Round(assignment.round, self.config.strategy.num_rounds, self.layout, self.config.seed, self.clients)
         once = set(self.strategy.once(tuple(self.drawn), at))
+        resting = self.adapted.adapter.resting(self.layout, {**self.drawn, **self.kept, **assignment.arrays})
+        once |= self.drawn.keys() - set(self.strategy.sends([name for name in self.drawn if name not in resting], at))
         kept = {name: array for name, array in self.kept.items() if merged_round(name) < assignment.round}
         self.kept = kept | {name: array for name, array in assignment.arrays.items() if merged_round(name) >= 0 or name in once}
 

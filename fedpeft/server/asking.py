@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from fedpeft import arrays as arithmetic
 from fedpeft.records import BESIDE, Arrays, Assignment, Failure, TensorSpec, Update, merged_round
 from fedpeft.server import validation
@@ -35,7 +37,9 @@ def assign(federation: Federation, action: str, clients: Sequence[int], outcome:
     resting = federation.resting(outcome.arrays)
     own = [name for name in outcome.arrays if merged_round(name) < 0 and not name.startswith(BESIDE) and name not in resting]
     every = {*federation.strategy.sends(own, at), *(name for name in outcome.arrays if name.startswith(BESIDE))}
-    first = {*federation.strategy.once(own, at)}
+    drawn = {name: array for name, array in federation.arrays.items() if name not in every}
+    surveyed = {name for name, array in drawn.items() if not np.array_equal(outcome.arrays[name], array)}  # changed before round 1
+    first = {*federation.strategy.once(own, at)} | surveyed
     made: dict[tuple[int, int | None], tuple[Arrays, str, float]] = {}
     asked = Asked([])
     for client in clients:

@@ -28,7 +28,7 @@ class Job:
     data: Encoded
     proximal: float = 0.0  # mu of the pull towards `start`
     drift: Arrays = field(default_factory=dict)  # added to the gradients of the tensors it names, in every step
-    rules: Rules = Rules()  # what the adapter wants of single tensors
+    rules: Rules = field(default_factory=Rules)  # what the adapter wants of single tensors
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """The reference engine: one client at a time, stock Transformers and PEFT, written to be read.
 
-A step of client k:   L = mean over the records of the step's batches;   g = (clip(grad L) + mu (theta - theta_start)) M + drift;   optimiser
+A step of client k, with L the mean loss over the records of the step's batches:
+
+    g = (clip(grad L) + mu (theta - theta_start)) M + drift;   theta <- optimiser(theta, g)
 
 M and the optimiser of a tensor are the adapter's to say (rules.py).
 """

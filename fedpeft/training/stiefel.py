@@ -64,4 +64,5 @@ def cayley(X: torch.Tensor, Q: torch.Tensor, a: torch.Tensor | float) -> torch.T
     """(I + a/2 W)^{-1} (I - a/2 W) X for W = Q X^T - X Q^T, without forming W."""
     L, R = torch.cat([Q, -X], dim=1), torch.cat([X, Q], dim=1)  # [n, 2r]
     core = torch.eye(L.shape[1], dtype=X.dtype, device=X.device) + 0.5 * a * (R.T @ L)
-    return X - a * (L @ torch.linalg.solve(core, R.T @ X))
+    Y: torch.Tensor = X - a * (L @ torch.linalg.solve(core, R.T @ X))
+    return Y
