@@ -106,10 +106,8 @@ class Fora(LoraLike):
         """What belongs to layers that were not chosen."""
         if CHOICE not in arrays:
             return frozenset()
-        chosen = {layer for layer, adapts in zip(stacks(layout), arrays[CHOICE][1], strict=True) if adapts}
-        return frozenset(
-            name for name in layout.tensors if name not in layout.head and (layer_of(name) or next(iter(chosen))) not in chosen
-        )
+        left_out = {layer for layer, adapts in zip(stacks(layout), arrays[CHOICE][1], strict=True) if not adapts}
+        return frozenset(name for name in layout.tensors if name not in layout.head and layer_of(name) in left_out)
 
     def rules(self, layout: Layout, start: Arrays) -> Rules:
         """B on the manifold, at its own rate."""
@@ -134,7 +132,12 @@ class Fora(LoraLike):
         if CHOICE not in arrays:
             return {}
         rows = zip(stacks(layout), *arrays[CHOICE], strict=True)
-        return {"layers": [{"stack": stack, "layer": number, "score": float(f), "adapted": bool(on)} for (stack, number), f, on in rows]}
+        return {
+            "layers": [
+                {"stack": stack.removeprefix("base_model.model."), "layer": number, "score": float(f), "adapted": bool(on)}
+                for (stack, number), f, on in rows
+            ]
+        }
 
     def export(self, folder: pathlib.Path, adapted: Adapted) -> None:
         """Plain LoRA in the chosen layers, the gate within A."""

@@ -316,3 +316,12 @@ def test_the_fold_of_the_gate_is_needed(tiny_settings, tiny_bert, tmp_path, monk
 def test_the_first_trained_layer_is_the_lowest_adapted_one(targets, lowest, tiny_settings):
     settings = {**tiny_settings, "adapter": {"name": "lora", "r": 4, "target_modules": targets}}
     assert assemble(Config.from_dict(settings)).adapted.first_trained_layer == lowest
+
+
+def test_the_list_shows_every_row():
+    from fedpeft.listing import describe
+
+    lines = list(describe("adapters"))
+    for name, facts in FEDERABLE.items():
+        assert any(line.startswith(f"{name}: ") for line in lines), name
+        assert any(facts.sentence in line for line in lines), name

@@ -132,6 +132,11 @@ def test_half_of_the_layers_train_travel_and_are_exported(run, fora_settings):
     assert all(f".{number}." in module for module in config["target_modules"])
 
 
+def test_the_report_shows_the_choice(run):
+    page = (run.folder / "report.html").read_text()
+    assert "the scores of the layers before round 1" in page
+
+
 def test_layers_that_rest_stay_off_the_wire(run, fora_settings, tmp_path):
     whole = simulate(Config.from_dict({**fora_settings, "adapter": {**fora_settings["adapter"], "layers": 1.0}}), tmp_path / "whole")
     one_round = [json.loads((r.folder / "rounds.jsonl").read_text().splitlines()[1]) for r in (run, whole)]
