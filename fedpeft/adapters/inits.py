@@ -93,6 +93,13 @@ class LoraGa(Init):
         """The full gradients."""
         return FullGradients()
 
+    def prepare(self, adapted: Adapted) -> None:
+        """As drawn until the survey. Raises UserError where a gradient has fewer than 2 r directions."""
+        for pair in adapted.layout().pairs:
+            if 2 * pair.r > (smallest := min(adapted.weight(pair.module).shape)):
+                got = f"lora_ga takes 2 r = {2 * pair.r} singular directions, and {pair.module} has {smallest}"
+                raise UserError(Problem("adapter.r", got, f"at most {smallest // 2}"))
+
 
 class FullGradients(Settings):
     """G_k = sum over a client's first examples of dL/dW of every adapted matrix, with B = 0; the clients' sums add up exactly.
@@ -107,11 +114,6 @@ class FullGradients(Settings):
     def expects(self, layout: Layout) -> dict[str, TensorSpec]:
         """A gradient for every pair."""
         shapes = {pair.module: (layout.tensors[pair.B].shape[0], layout.tensors[pair.A].shape[1]) for pair in layout.pairs}
-        for pair in layout.pairs:
-            if 2 * pair.r > min(shapes[pair.module]):
-                raise UserError(
-                    Problem("adapter.r", f"lora_ga takes 2 r = {2 * pair.r} directions", f"2 r at most {min(shapes[pair.module])}")
-                )
         return {module: TensorSpec(shape, "float32") for module, shape in shapes.items()}
 
     def measure(self, adapted: Adapted, task: Any, data: Encoded, training: TrainingSection) -> Arrays:
