@@ -116,7 +116,7 @@ class Adapter(Settings):
         except (ValueError, TypeError, KeyError, re.error) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(Problem("adapter", f"PEFT cannot attach it ({reason})", f"target_modules among {layers}")) from error
-        check_rank(model, self.rank)
+        check_rank(model, self.rank, head)
 
     def attach(self, base: Base, peft_task: str, seed: int, train_head: bool) -> Adapted:
         """A PEFT model around the base, its new tensors drawn from `seed` and kept in float32.

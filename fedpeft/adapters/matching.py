@@ -23,18 +23,20 @@ def check_head(config: Any, head: Sequence[str]) -> None:
         )
 
 
-def check_rank(model: Any, rank: int | None) -> None:
-    """Raises UserError when `rank` is more than an adapted matrix can have."""
+def check_rank(model: Any, rank: int | None, head: Sequence[str]) -> None:
+    """Raises UserError when `rank` is more than an adapted matrix outside the `head` can have."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if rank is None:
         return
     for name, layer in model.named_modules():
-        sizes = [getattr(layer, size, None) for size in ("in_features", "out_features")] if isinstance(layer, BaseTunerLayer) else []
-        smallest = min((size for size in sizes if isinstance(size, int)), default=rank)
-        if rank > smallest:
-            short = name.removeprefix("base_model.model.")
-            raise UserError(Problem("adapter.r", f"{rank} is more than the {smallest} rows or columns of {short}", f"at most {smallest}"))
+        short = name.removeprefix("base_model.model.")
+        if isinstance(layer, BaseTunerLayer) and short not in head:
+            sizes = [getattr(layer, size, None) for size in ("in_features", "out_features")]
+            smallest = min((size for size in sizes if isinstance(size, int)), default=rank)
+            if rank > smallest:
+                got = f"{rank} is more than the {smallest} rows or columns of {short}"
+                raise UserError(Problem("adapter.r", got, f"at most {smallest}"))
 
 
 def _said(targets: Any) -> str:
