@@ -128,6 +128,7 @@ class AdapterSection(OpenSection):
     """What is trained and travels; further keys are PEFT's own."""
 
     named = {"name": "adapter"}
+    fallback = "fedpeft.adapters.others:other"
     name: str = Field("lora", description="the adapter family")
 
 

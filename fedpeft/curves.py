@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from fedpeft.runs import Run, labels
@@ -48,6 +48,21 @@ def curves(runs: Run | Sequence[Run], path: pathlib.Path | IO[bytes]) -> None:
     legend = figure.legend(by_round.get_lines(), named, loc="outside lower center", ncols=min(len(runs), LEGEND_COLUMNS), frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)  # a "$" in the name of a run is no formula
+    figure.savefig(path, format="png")
+
+
+def layer_bars(layers: Sequence[Mapping[str, Any]], path: pathlib.Path | IO[bytes]) -> None:
+    """Draw the scores of the layers (`layers` of summary.json) as bars, those that were adapted in colour."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(4, 0.35 * len(layers) + 2), 3), dpi=110, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    colours = [COLOURS[0] if layer["adapted"] else "lightgray" for layer in layers]
+    axes.bar(range(len(layers)), [layer["score"] for layer in layers], color=colours)
+    axes.set_xticks(range(len(layers)), [str(layer["layer"]) for layer in layers])
+    axes.set_title("squared gradient of each layer; adapted in colour", fontsize=11, loc="left")
+    axes.set_xlabel("layer")
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png")
 
 

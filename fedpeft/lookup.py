@@ -50,6 +50,23 @@ TABLES: dict[str, dict[str, str]] = {
     "adapter": {
         "lora": "fedpeft.adapters.lora:Lora",
         "lora_sb": "fedpeft.adapters.lora_sb:LoraSb",
+        "lora_fa": "fedpeft.adapters.lora_fa:LoraFa",
+        "fora": "fedpeft.adapters.fora:Fora",
+        "dora": "fedpeft.adapters.lora:Dora",
+        "bd_lora": "fedpeft.adapters.lora:BdLora",
+        "miss": "fedpeft.adapters.miss:Miss",
+        "frod": "fedpeft.adapters.frod:Frod",
+        "vera": "fedpeft.adapters.vera:Vera",
+        "randlora": "fedpeft.adapters.randlora:RandLora",
+        "unilora": "fedpeft.adapters.unilora:UniLora",
+        "fourierft": "fedpeft.adapters.fourierft:FourierFt",
+        "shira": "fedpeft.adapters.shira:Shira",
+    },
+    "init": {
+        "kaiming": "fedpeft.adapters.inits:Init",
+        "pissa": "fedpeft.adapters.inits:Pissa",
+        "olora": "fedpeft.adapters.inits:Olora",
+        "lora_ga": "fedpeft.adapters.inits:LoraGa",
     },
     "partitioner": {
         "iid": "fedpeft.data.partitions.iid:iid",

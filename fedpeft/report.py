@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from fedpeft import page
-from fedpeft.curves import curves
+from fedpeft.curves import curves, layer_bars
 from fedpeft.records import RoundRecord
 from fedpeft.runs import Run, differing, labels
 from fedpeft.units import format_bytes, format_number, format_seconds, headline, one_line, total_seconds
@@ -88,6 +88,7 @@ def _about(run: Run, overview: str) -> list[str]:
         page.section(
             "Who holds what", page.picture(split.read_bytes(), "examples of each class at each client") if split.is_file() else ""
         ),
+        page.section("Layers", _layers(run.summary.get("layers"))),
         page.section("Rounds", page.table(*round_table(run))),
         page.section("Rejected updates", page.table(*rejections) if rejections[1] else ""),
         page.section(
@@ -96,6 +97,15 @@ def _about(run: Run, overview: str) -> list[str]:
             page.table(*_facts(run.summary["versions"])),
         ),
     ]
+
+
+def _layers(layers: Sequence[Mapping[str, Any]] | None) -> str:
+    """Which layers the adapter chose, where it chose."""
+    if not layers:
+        return ""
+    drawn = io.BytesIO()
+    layer_bars(layers, drawn)
+    return page.picture(drawn.getvalue(), "the scores of the layers before round 1, and which of them are adapted")
 
 
 def _what(run: Run) -> str:

@@ -11,10 +11,10 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "fedpeft"
 
 LAYERS = [
     {"errors", "records", "arrays", "seeds", "lookup", "units", "environment", "yaml_file", "quiet", "products", "intervals"},
-    {"config", "flower_private", "wire", "screen", "runs", "curves", "page", "report", "strategies", "data", "listing", "privacy"},
+    {"config", "flower_private", "wire", "screen", "runs", "curves", "page", "report", "strategies", "data", "privacy"},
     {"base", "adapters", "tasks", "training"},
     {"client", "server"},
-    {"simulations"},
+    {"simulations", "listing"},
     {"cli", "__main__", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

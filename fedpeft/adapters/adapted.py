@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.adapters import layers
 from fedpeft.adapters.backbone import Backbone, as_higher_rank
 from fedpeft.adapters.rank_space import CORE, fold
 from fedpeft.errors import Problem, UserError
@@ -18,6 +19,7 @@ from fedpeft.records import BESIDE, MERGED, Arrays, Layout, Pair, sparse_name
 if TYPE_CHECKING:
     import torch
 
+    from fedpeft.adapters.adapter import Adapter
     from fedpeft.base import Base
 
 A_FACTOR, B_FACTOR = ".lora_A.weight", ".lora_B.weight"
@@ -29,20 +31,17 @@ class Adapted:
     `parameters` maps names, sorted, to what they name; `trained` are those that training may move, `head` whole layers.
     """
 
-    def __init__(self, base: Base, model: Any, train_head: bool) -> None:
-        from peft import get_peft_model_state_dict
-
+    def __init__(self, base: Base, model: Any, adapter: Adapter, train_head: bool) -> None:
         self.base = base
         self.model = model
-        saved = get_peft_model_state_dict(model)
-        by_storage = {p.data_ptr(): p for p in model.parameters()}
-        self.parameters: dict[str, torch.nn.Parameter] = {}
+        self.adapter = adapter
+        self.merges: Arrays = {}  # what the adapter's own initialisation takes out of the base, as `records.merge_names`
+        self.resting: frozenset[str] = frozenset()  # tensors that stay as they are, as last written
+        self.parameters: dict[str, torch.nn.Parameter] = named(model)
         self._sparse: dict[str, NDArray[np.int64]] = {}
         self._written: dict[str, tuple[int, ...]] = {}  # the shapes last written, where clients have their own ranks
-        for name in sorted(saved):
-            parameter = by_storage[saved[name].data_ptr()]
+        for parameter in self.parameters.values():
             parameter.data = parameter.data.float()  # adapters and heads train in float32 on a base of any dtype
-            self.parameters[name] = parameter
         in_head = self._head_parameters()
         self.head = tuple(name for name, parameter in self.parameters.items() if id(parameter) in in_head)
         for name, parameter in self.parameters.items():
@@ -56,7 +55,13 @@ class Adapted:
     @property
     def trainable_parameters(self) -> int:
         """Numbers that training moves."""
-        return sum(self.parameters[name].numel() for name in self.trained)
+        return sum(self.parameters[name].numel() for name in self.trained if name not in self.resting)
+
+    @property
+    def first_trained_layer(self) -> int | None:
+        """The lowest transformer layer in which something trains: what is below stays constant. 0 when something below all layers does."""
+        trained = {id(self.parameters[name]) for name in self.trained if name not in self.resting and name not in self.head}
+        return layers.lowest([(name, module) for name, module in self.model.named_modules()], trained)
 
     @property
     def base_parameters(self) -> int:
@@ -70,10 +75,11 @@ class Adapted:
 
     def _look(self) -> Layout:
         self._modules = dict(self.model.named_modules())
+        self._tuned = self._tensors_of_layers()
         power = 0.5 if getattr(self.model.active_peft_config, "use_rslora", False) else 1.0
         pairs = []
-        for name, parameter in self.parameters.items():
-            if name.endswith(A_FACTOR):
+        for name, parameter in self.parameters.items() if self.adapter.factored or self.adapter.has_cores else ():
+            if name.endswith(A_FACTOR) and parameter.dim() == 2:
                 module = name.removesuffix(A_FACTOR)
                 scaling = float(self._modules[module].scaling[self.model.active_adapter])
                 core = module + CORE if module + CORE in self.parameters else None
@@ -114,6 +120,41 @@ class Adapted:
         for pair in self._layout.pairs:
             if pair.A in arrays:
                 self._modules[pair.module].scaling[self.model.active_adapter] = pair.scaling(len(arrays[pair.A]))
+        self._rest(self.adapter.resting(self._layout, arrays))
+
+    def _rest(self, names: frozenset[str]) -> None:
+        """Switch off the layers all of whose tensors stay as they are; they cost nothing then."""
+        if names == self.resting:
+            return
+        self.resting = names
+        for module, tensors in self._tuned.items():
+            self._modules[module]._disable_adapters = tensors <= names
+
+    def _tensors_of_layers(self) -> dict[str, frozenset[str]]:
+        """Module -> names of the adapter's tensors in it."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        return {
+            module: frozenset(names[id(parameter)] for parameter in layer.parameters() if id(parameter) in names)
+            for module, layer in self._modules.items()
+            if isinstance(layer, BaseTunerLayer)
+        }
+
+    def weight(self, module: str) -> NDArray[np.float64]:
+        """The base's weight of an adapted layer, [d_out, d_in], however the layer stores it."""
+        layer = self._modules[module]
+        weight: NDArray[np.float64] = layer.get_base_layer().weight.detach().to("cpu").double().numpy()
+        return weight.T if layer.fan_in_fan_out else weight
+
+    def add(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Tensors MODULE.NAME of the adapter that PEFT does not know; training may move them."""
+        for name, parameter in parameters.items():
+            module, _, own = name.rpartition(".")
+            self._modules[module].register_parameter(own, parameter)
+        self.parameters = dict(sorted({**self.parameters, **parameters}.items()))
+        self.trained = tuple(sorted([*self.trained, *parameters]))
+        self._layout = self._look()
 
     def add_sparse(self, positions: Mapping[str, NDArray[np.int64]]) -> None:
         """Values at flat `positions` of the weights of modules, zero at first, that training may move: y = W0 x + D x."""
@@ -156,6 +197,7 @@ class Adapted:
         What was merged into the backbone becomes part of the adapter, which is then one exact LoRA of a higher rank.
         """
         self.model.save_pretrained(str(folder))
+        self.adapter.export(folder, self)
         if products := {**self.backbone.products, **self._sparse_products()}:
             as_higher_rank(folder, self.layout(), products)
         if any(pair.core for pair in self._layout.pairs):
@@ -181,6 +223,19 @@ class Adapted:
     def _head_parameters(self) -> set[int]:
         adapter = self.model.active_adapter
         return {id(p) for wrapper in self._head_wrappers() for p in wrapper.modules_to_save[adapter].parameters()}
+
+
+def named(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a PEFT model's adapter and head under the names of PEFT's adapter file, sorted; shared ones once."""
+    from peft import get_peft_model_state_dict
+
+    saved = get_peft_model_state_dict(model)
+    by_storage = {parameter.data_ptr(): parameter for parameter in model.parameters()}
+    found: dict[int, tuple[str, torch.nn.Parameter]] = {}
+    for name in sorted(saved):
+        if (place := saved[name].data_ptr()) in by_storage:  # the others are frozen bases (frozen.py)
+            found.setdefault(place, (name, by_storage[place]))
+    return dict(found.values())
 
 
 def _adds_sparse(values: torch.nn.Parameter, where: torch.Tensor, shape: tuple[int, int]) -> Any:

@@ -7,13 +7,13 @@ Late joiners add up what they missed, quantised bases stay as they are, and many
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedpeft.adapters import peft_folder
 from fedpeft.arrays import digest
 from fedpeft.products import Product
 from fedpeft.records import Arrays, Layout, merged_module
@@ -62,7 +62,7 @@ def _adds(left: torch.Tensor, right: torch.Tensor) -> Any:
 
 def as_higher_rank(folder: pathlib.Path, layout: Layout, merged: Mapping[str, Product]) -> None:
     """Rewrite a saved LoRA so that it holds the backbone's product too: B' = [B, L / s], A' = [A; R], the scaling s unchanged."""
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import load_file
 
     state = load_file(folder / "adapter_model.safetensors")
     rank = max(state[pair.A].shape[0] + (merged[pair.module].rank if pair.module in merged else 0) for pair in layout.pairs)
@@ -75,8 +75,4 @@ def as_higher_rank(folder: pathlib.Path, layout: Layout, merged: Mapping[str, Pr
             product = merged[pair.module]
             A_wide[r : r + product.rank], B_wide[:, r : r + product.rank] = product.right, product.left / pair.s
         state[pair.A], state[pair.B] = A_wide, B_wide
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    file = folder / "adapter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config |= {"r": rank, "lora_alpha": layout.pairs[0].s * rank, "use_rslora": False}
-    file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    peft_folder.rewrite(folder, state, {"r": rank, "lora_alpha": layout.pairs[0].s * rank, "use_rslora": False})

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.adapter import Adapter
+from fedpeft.adapters.lora import TARGETS
 from fedpeft.adapters.rank_space import add_cores
 from fedpeft.config import TrainingSection
 from fedpeft.data.encoded import Encoded
@@ -37,14 +38,17 @@ class LoraSb(Adapter):
 
     r: int = Field(32, ge=1, description="rank of the space that the core works in")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    target_modules: list[str] | str | None = Field(
-        None, description='names or a regular expression of the layers to adapt, or "all-linear"; null: PEFT\'s choice for the architecture'
-    )
+    target_modules: list[str] | str | None = Field(None, description=TARGETS)
     start: Literal["gradient", "orthonormal"] = Field(
         "gradient", description="A and B from the clients' gradients, summed once before round 1, or drawn from the seed"
     )
     first_step: float = Field(1e-4, gt=0, description="eta, how far the gradient start moves each entry of a weight before it is cut")
     gradient_batches: int = Field(8, ge=1, description="batches of each client that the gradient start looks at")
+
+    @property
+    def rank(self) -> int:
+        """Rank of the space."""
+        return self.r
 
     def peft_config(self, peft_task: str, also_saved: Sequence[str]) -> Any:
         """PEFT's LoraConfig with s = 1."""

@@ -95,9 +95,20 @@ class Worker:
             start, drift = self.strategy.begin(turn), self.strategy.drift(turn)
         except BREAKS as error:
             return Failure(assignment.round, assignment.client, f"beginning broke: {error}")
-        names = self.strategy.trains(self.adapted.trained, turn.at)
-        data, mu, tail = self.nodes[assignment.client].train, self.strategy.proximal(turn.at), self.strategy.tail(turn.at)
-        return Job(assignment.client, assignment.round, start, names, data, mu, tail, drift)
+        adapter = self.adapted.adapter
+        resting = adapter.resting(turn.at.layout, turn.received)
+        names = self.strategy.trains([name for name in self.adapted.trained if name not in resting], turn.at)
+        return Job(
+            assignment.client,
+            assignment.round,
+            start,
+            names,
+            self.nodes[assignment.client].train,
+            proximal=self.strategy.proximal(turn.at),
+            tail=self.strategy.tail(turn.at),
+            drift=drift,
+            rules=adapter.rules(turn.at.layout, start),
+        )
 
     def _refused(self, assignment: Assignment) -> Failure | None:
         """What does not travel must be what the server has: the digest of the tensors this client holds is checked."""
@@ -113,7 +124,8 @@ class Worker:
     def _keep(self, assignment: Assignment) -> None:
         """Remember, for the rounds to come, what is sent but once; merges of a round that is being played again are forgotten."""
         at = Round(assignment.round, self.config.strategy.num_rounds, self.layout, self.config.seed, self.clients)
-        once = set(self.strategy.once(tuple(self.drawn), at))
+        resting = self.adapted.adapter.resting(self.layout, {**self.drawn, **self.kept, **assignment.arrays})
+        once = self.drawn.keys() - set(self.strategy.sends([name for name in self.drawn if name not in resting], at))
         kept = {name: array for name, array in self.kept.items() if merged_round(name) < assignment.round}
         self.kept = kept | {name: array for name, array in assignment.arrays.items() if merged_round(name) >= 0 or name in once}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from fedpeft import arrays as arithmetic
 from fedpeft.records import BESIDE, Arrays, Assignment, Failure, TensorSpec, Update, merged_round
 from fedpeft.server import validation
@@ -32,9 +34,11 @@ class Judged:
 def assign(federation: Federation, action: str, clients: Sequence[int], outcome: Outcome, round: int) -> Asked:
     """What the strategy sends, with what a client has not seen yet, and the digest of what it holds already."""
     at = federation.at(round)
-    own = [name for name in outcome.arrays if merged_round(name) < 0]
+    resting = federation.resting(outcome.arrays)
+    own = [name for name in outcome.arrays if merged_round(name) < 0 and name not in resting]
     every = set(federation.strategy.sends(own, at))
-    first = {*federation.strategy.once(own, at)}
+    drawn = {name: array for name, array in federation.arrays.items() if name not in every and not name.startswith(BESIDE)}
+    first = {name for name, array in drawn.items() if not np.array_equal(outcome.arrays[name], array)}  # a survey changed them
     made: dict[tuple[int, int | None], tuple[Arrays, str, float]] = {}
     asked = Asked([])
     for client in clients:

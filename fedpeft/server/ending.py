@@ -76,6 +76,8 @@ def summarise(federation: Federation, outcome: Outcome, adapted: Adapted, labels
         "bytes_down": sum(record.bytes_down for record in records),
         "trainable_parameters": adapted.trainable_parameters,
         "base_parameters": adapted.base_parameters,
+        "first_trained_layer": adapted.first_trained_layer,
+        **adapted.adapter.report(federation.layout, outcome.arrays),
         "privacy": None,
         "seconds": _seconds(records),
         "rejected_updates": sum(sum(record.rejected.values()) for record in records),

@@ -36,6 +36,8 @@ class Federation:
     primary_metric: str
     roster: Callable[[], dict[int, int]]  # client -> Flower node, of those that are there
     clients: int  # that belong to the federation
+    resting: Callable[[Arrays], frozenset[str]] = lambda arrays: frozenset()  # tensors that neither train nor travel (Adapter.resting)
+    settle: Callable[[Arrays], Arrays] = lambda arrays: arrays  # what the adapter makes of the average (Adapter.settle)
     ranks: Mapping[int, int] = field(default_factory=dict)  # client -> rank, where it is not that of the layout
     surveys: tuple[Survey, ...] = ()  # in the order in which they are taken
     reported: Callable[[Arrays], Arrays] = lambda arrays: arrays  # what is evaluated and exported, where no global model exists
@@ -46,6 +48,11 @@ class Federation:
     def fewest(self) -> int:
         """Fewest accepted updates for a round to count."""
         return max(self.config.strategy.min_train_nodes, self.strategy.fewest)
+
+    def trains(self, arrays: Arrays) -> tuple[str, ...]:
+        """The tensors that training may move under the global `arrays`."""
+        resting = self.resting(arrays)
+        return tuple(name for name in self.trained if name not in resting)
 
     def at(self, round: int, client: int | None = None) -> Round:
         """What both sides know of a round; with `client`, as that client knows it."""

@@ -110,9 +110,8 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     received, at = outcome.arrays, federation.at(round)
     asked = assign(federation, wire.TRAIN, clients, outcome, round)
     traffic = exchange(grid, asked.assignments, roster, federation.base, settings.round_timeout)
-    judged = judge(
-        traffic, federation, lambda client: federation.strategy.uploads(federation.trained, federation.at(round, client)), received
-    )
+    trained = federation.trains(received)
+    judged = judge(traffic, federation, lambda client: federation.strategy.uploads(trained, federation.at(round, client)), received)
     outcome.seen |= {update.client: round - 1 for update in judged.accepted}
     question = federation.strategy.second(judged.accepted, at) if len(judged.accepted) >= federation.fewest else {}
     if question:
@@ -121,7 +120,8 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     moved, said = 0.0, {}
     if len(judged.accepted) >= federation.fewest:
         combined = federation.strategy.combine(judged.accepted, {**received, **question}, at)
-        outcome.arrays, outcome.state = federation.strategy.apply(received, combined.arrays, outcome.state)
+        applied, outcome.state = federation.strategy.apply(received, combined.arrays, outcome.state)
+        outcome.arrays = federation.settle(applied)
         said = combined.report
         moved = arithmetic.norm(arithmetic.difference({name: outcome.arrays[name] for name in received}, received))
     times.append(time.perf_counter())

@@ -34,6 +34,8 @@ def _identity(update: Update, trained_on: str, reply: Reply, base: str) -> str |
         return f"stale: answers round {update.round} in round {reply.asked.round}"
     if update.client != reply.asked.client:
         return f"wrong client: answers for {update.client}"
+    if trained_on != base and trained_on.partition(".")[0] == base.partition(".")[0]:
+        return f"other frozen bases of the adapter: digest {trained_on}, here {base} (the same seed, base and libraries give the same)"
     if trained_on != base:
         return f"other base model: fingerprint {trained_on}, here {base}"
     return None

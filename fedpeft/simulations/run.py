@@ -88,7 +88,7 @@ def _facts(parts: Parts, folder: RunFolder) -> dict[str, Any]:
 
 
 def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int]]) -> Federation:
-    layout, drawn = parts.adapted.layout(), parts.adapted.read()
+    adapter, layout, drawn = parts.adapted.adapter, parts.adapted.layout(), parts.adapted.read()
     surveys = [
         Survey(action, survey.expects(layout), functools.partial(survey.finish, layout=layout))
         for action, survey in parts.worker.surveys.items()
@@ -107,12 +107,14 @@ def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int
         base=parts.adapted.base.fingerprint,
         data=parts.data_digest,
         layout=layout,
-        arrays={**drawn, **parts.strategy.extras({name: drawn[name] for name in parts.adapted.trained})},
+        arrays={**drawn, **parts.adapted.merges, **parts.strategy.extras({name: drawn[name] for name in parts.adapted.trained})},
         trained=parts.adapted.trained,
         evaluate=measure,
         primary_metric=parts.task.primary_metric,
         roster=roster,
         clients=len(parts.worker.nodes),
+        resting=functools.partial(adapter.resting, layout),
+        settle=functools.partial(adapter.settle, layout=layout),
         ranks=parts.ranks,
         surveys=tuple(surveys),
         reported=reported,

@@ -40,7 +40,7 @@ class Facts:
     def __str__(self) -> str:
         said = {
             "sends": " + ".join(self.travels),
-            "bytes": f"{self.up:.3g} up, {self.down:.3g} down",
+            "bytes a round against fedavg": f"{self.up:.3g} up, {self.down:.3g} down",
             "exact": _yes(self.exact),
             "mixed ranks": _yes(self.mixed_ranks),
             "stateful clients": _yes(self.stateful),

@@ -32,10 +32,6 @@ class FedSb(Strategy):
         """Cores and head."""
         return tuple(sorted(set(names) - {name for pair in at.layout.pairs for name in (pair.A, pair.B)}))
 
-    def once(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
-        """A and B."""
-        return tuple(sorted(name for pair in at.layout.pairs for name in (pair.A, pair.B)))
-
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
         """The weighted mean of cores and head; exact, which the report shows."""
         mean = aggregation.mean(updates)

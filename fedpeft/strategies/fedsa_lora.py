@@ -33,10 +33,6 @@ class FedsaLora(Strategy):
         """A alone."""
         return tuple(sorted(pair.A for pair in at.layout.pairs))
 
-    def once(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
-        """The head as it is before round 1."""
-        return tuple(sorted(at.layout.head))
-
     def uploads(self, names: Sequence[str], at: Round) -> dict[str, TensorSpec]:
         """A alone."""
         return {pair.A: at.layout.tensors[pair.A] for pair in at.layout.pairs}

@@ -94,7 +94,7 @@ class FlowerStrategy(FlowerFedAvg):
         config["trains"] = list(self.strategy.trains(own, at))
         config["uploads"] = list(self.strategy.uploads(own, at))
         plain = [name for name in self.arrays if merged_round(name) < 0]
-        sent = {*self.strategy.sends(plain, at), *self.strategy.once(plain, at), *(set(self.arrays) - set(plain))}
+        sent = {*self.strategy.sends(plain, at), *(set(self.arrays) - set(plain))}
         self.grid = grid
         return super().configure_train(server_round, ArrayRecord({name: arrays[name] for name in sorted(sent)}), config, grid)
 

@@ -66,10 +66,6 @@ class Over(Strategy):
         """As the inner strategy."""
         return self.inner.sends(names, at)
 
-    def once(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
-        """As the inner strategy."""
-        return self.inner.once(names, at)
-
     def fit(self, arrays: Arrays, layout: Layout, own: Layout) -> tuple[Arrays, float]:
         """As the inner strategy."""
         return self.inner.fit(arrays, layout, own)

@@ -2,7 +2,7 @@
 
 The order of a round, with the file that calls each:
 
-    server/asking.py     sends, once, fit              which global tensors travel down; the rest every client holds already
+    server/asking.py     sends, fit                    which global tensors travel down; the rest every client holds already
     client/worker.py     begin(turn), drift(turn)      what training starts from, and what is added to every gradient
     client/worker.py     trains(names, at)             which tensors train
     client/worker.py     end(turn, ...)                what is uploaded (`uploads` says its form) and remembered
@@ -101,7 +101,10 @@ class Strategy(Settings):
         if adapter.mixed_ranks and not self.mixed_ranks:
             got = f"clients of different ranks, which {type(self).__name__} cannot average"
             raise UserError(Problem("adapter.r", got, "one rank for all", "or take strategy flex_lora, flora, het_lora or fedex_lora"))
-        self._check_adapter(adapter.has_factors, adapter.has_cores)
+        if self.of_cores or adapter.has_cores:
+            self._check_adapter(adapter.has_cores, adapter.has_cores)
+        else:
+            adapter.check_strategy(self)
 
     def check(self, layout: Layout) -> None:
         """Raises UserError when the strategy means nothing for adapters of this layout."""
@@ -138,10 +141,6 @@ class Strategy(Settings):
     def sends(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
         """Names, out of all global tensors, of those a client is sent; all by default. Others are checked by their digest."""
         return tuple(sorted(names))
-
-    def once(self, names: Sequence[str], at: Round) -> tuple[str, ...]:
-        """Names of tensors that a client is sent only before it has taken part, and keeps: they do not change any more."""
-        return ()
 
     def fit(self, arrays: Arrays, layout: Layout, own: Layout) -> tuple[Arrays, float]:
         """The global tensors as a client of another rank can hold them, and how much of the product that leaves out."""

@@ -14,6 +14,7 @@ from fedpeft.data.examples import Indices
 from fedpeft.lookup import find
 from fedpeft.records import Arrays, Failure
 from fedpeft.training import schedules
+from fedpeft.training.rules import Rules
 
 BREAKS = (RuntimeError, ValueError, IndexError, ArithmeticError)  # what torch and NumPy raise, out of memory included
 
@@ -30,6 +31,7 @@ class Job:
     proximal: float = 0.0  # mu of the pull towards `start`
     tail: tuple[float, float] = (0.0, 1.0)  # (lambda, g) of a penalty lambda ||A[g r:]|| ||B[:, g r:]||
     drift: Arrays = field(default_factory=dict)  # added to the gradients of the tensors it names, in every step
+    rules: Rules = field(default_factory=Rules)  # what the adapter wants of single tensors
 
 
 @dataclass(frozen=True)

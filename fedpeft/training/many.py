@@ -58,6 +58,8 @@ def train(adapted: Adapted, task: Any, config: Config, jobs: Sequence[Job]) -> l
         reason = f"the optimizer {config.training.optimizer} has no form for many clients"
     if any(job.tail[0] for job in jobs):
         reason = "a penalty on the last ranks has no stacked form"
+    if any(job.rules.orthonormal for job in jobs):
+        reason = "Cayley-Adam has no stacked form"
     if reason is None:
         try:
             with seeds.torch_seed(config.seed, adapted.base.device):  # whatever is drawn here, nobody else notices
@@ -198,6 +200,8 @@ class CohortTraining:
             pulls = torch.tensor([[job.proximal] for job in self.jobs], device=self.device)
             anchors = values.clone() if pulls.any() else None
             drifts = self.trained.matrix([job.drift for job in self.jobs]) if any(job.drift for job in self.jobs) else None
+            multipliers = self._multipliers()
+            factors = self._factors()
             before = self._randomness()
             for step in range(steps[0]):
                 n = sum(count > step for count in steps)  # those who are not done come first
@@ -208,12 +212,32 @@ class CohortTraining:
                     _clip(g, training.max_grad_norm)
                 if anchors is not None:
                     g.addcmul_(values[:n] - anchors[:n], pulls[:n])
+                for name, M in multipliers.items():
+                    own = self.trained.view(g, name)
+                    own.copy_(own @ M[:n])
                 if drifts is not None:
                     g.add_(drifts[:n])
-                optimizer.step(values[:n], g, torch.from_numpy(speeds[step, :n, None]).to(self.device))
+                optimizer.step(values[:n], g, torch.from_numpy(speeds[step, :n, None]).to(self.device) * factors)
             if self._randomness() != before:
                 raise UnsuitedError("the model draws random numbers of its own")
         return self._ended(losses.cpu().numpy(), steps, time.perf_counter() - started)
+
+    def _multipliers(self) -> dict[str, torch.Tensor]:
+        """What the gradients of some tensors are multiplied by from the right, [clients, columns, columns]."""
+        import torch
+
+        names = self.jobs[0].rules.multipliers
+        return {name: torch.from_numpy(np.stack([job.rules.multipliers[name] for job in self.jobs])).to(self.device) for name in names}
+
+    def _factors(self) -> torch.Tensor:
+        """What the learning rate of each number is multiplied by, [1, numbers], or [1, 1] where it is 1 for all."""
+        import torch
+
+        given = self.jobs[0].rules.factors
+        factors = torch.ones(1, self.trained.width if given else 1, device=self.device)
+        for name, factor in given.items():
+            self.trained.view(factors, name).fill_(factor)
+        return factors
 
     def _backward(self, step: int, n: int, tokens: int, losses: torch.Tensor) -> None:
         """Add up the gradients and losses of a step of the first `n` clients."""

@@ -2,7 +2,9 @@
 
 A step of client k, L the mean over the records of its batches:
 
-    g = clip(grad L) + mu (theta - theta_start) + the other terms of `Job`;   theta <- optimiser(theta, g)
+    g = (clip(grad L) + mu (theta - theta_start) + penalty) M + drift;   theta <- optimiser(theta, g)
+
+M and the optimiser of a tensor are the adapter's to say (rules.py), the rest is the strategy's (`Job`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from fedpeft.config import Config
 from fedpeft.lookup import find
 from fedpeft.records import Failure
 from fedpeft.training.job import BREAKS, Job, Trained, batches, broken, dropout_seed, rates
+from fedpeft.training.rules import optimizers, set_rate
 
 
 def train(adapted: Adapted, task: Any, config: Config, jobs: Sequence[Job]) -> list[Trained | Failure]:
@@ -38,16 +41,20 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
     training = config.training
     adapted.write(job.start)
     parameters = adapted.train_only(job.names)
-    optimizer = find("optimizer", training.optimizer)(parameters, training.learning_rate, training.weight_decay)
-    drifts = [(adapted.parameters[name], torch.from_numpy(job.drift[name]).to(adapted.base.device)) for name in sorted(job.drift)]
+    trained = dict(zip(job.names, parameters, strict=True))
+    steppers = optimizers(trained, job.rules, find("optimizer", training.optimizer), training.weight_decay)
+    multipliers, drifts = (
+        [(adapted.parameters[name], torch.from_numpy(arrays[name]).to(adapted.base.device)) for name in sorted(arrays)]
+        for arrays in (job.rules.multipliers, job.drift)
+    )
     losses: list[float] = []
     anchors = [parameter.detach().clone() for parameter in parameters] if job.proximal else []
     adapted.model.train()
     with seeds.torch_seed(dropout_seed(config, job), adapted.base.device):
         for rate, parts in zip(rates(config, len(job.data), job.round), batches(config, job), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad()
+            set_rate(steppers, rate)
+            for stepper in steppers:
+                stepper.zero_grad()
             records = sum(len(rows) for rows in parts)
             loss = 0.0
             for rows in parts:
@@ -63,12 +70,17 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
                     parameter.grad.add_(parameter.detach() - anchor, alpha=job.proximal)
             if job.tail[0]:
                 _shrink_tail(adapted, job)
+            for parameter, M in multipliers:
+                assert parameter.grad is not None
+                parameter.grad.copy_(parameter.grad @ M)
             for parameter, drift in drifts:
                 assert parameter.grad is not None
                 parameter.grad.add_(drift)
-            optimizer.step()
+            for stepper in steppers:
+                stepper.step()
             losses.append(loss)
-    optimizer.zero_grad()
+    for stepper in steppers:
+        stepper.zero_grad()
     return Trained(adapted.read(job.names), sum(losses) / len(losses), len(losses), time.perf_counter() - started)
 
 

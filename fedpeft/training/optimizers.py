@@ -1,12 +1,13 @@
 """Local optimisers by name: fresh in every round, since a client keeps nothing between rounds.
 
-Each has two forms: torch's own, for one client, and `Stacked...`, the same rule on a matrix with one row a client.
+Each has two forms: torch's own over groups of parameters, for one client, and `Stacked...`, the same rule on a matrix with
+one row a client.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -15,18 +16,18 @@ BETAS = (0.9, 0.999)
 EPS = 1e-8
 
 
-def adamw(parameters: Sequence[torch.nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+def adamw(groups: Sequence[dict[str, Any]], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), one fused kernel for all tensors."""
     import torch
 
-    return torch.optim.AdamW(parameters, lr=learning_rate, betas=BETAS, eps=EPS, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPS, weight_decay=weight_decay, fused=True)
 
 
-def sgd(parameters: Sequence[torch.nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+def sgd(groups: Sequence[dict[str, Any]], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """Plain stochastic gradient descent, without momentum."""
     import torch
 
-    return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=weight_decay)
+    return torch.optim.SGD(groups, lr=learning_rate, weight_decay=weight_decay)
 
 
 sgd.plain = True  # type: ignore[attr-defined]  # a step is the learning rate times the gradient, and nothing else

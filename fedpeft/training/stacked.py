@@ -75,7 +75,7 @@ class Stacked:
         self.width = ends[-1]
         self.values = self.matrix(clients)
         self.gradients = torch.zeros_like(self.values) if train else None
-        self.tensors = {name: Own(self._view(self.values, name), self._gradients(name)) for name in names}
+        self.tensors = {name: Own(self.view(self.values, name), self._gradients(name)) for name in names}
 
     def matrix(self, clients: Sequence[Arrays]) -> torch.Tensor:
         """[clients, numbers]: those of the tensors that each of `clients` has, zero elsewhere."""
@@ -88,11 +88,12 @@ class Stacked:
                     row[self._columns[name]].reshape(shape)[tuple(map(slice, arrays[name].shape))] = arrays[name]
         return torch.from_numpy(matrix).to(self.device)
 
-    def _view(self, matrix: torch.Tensor, name: str) -> torch.Tensor:
+    def view(self, matrix: torch.Tensor, name: str) -> torch.Tensor:
+        """The columns of a matrix [clients, numbers] that belong to a tensor, [clients, ...]."""
         return matrix[:, self._columns[name]].view(len(matrix), *self._largest[name])
 
     def _gradients(self, name: str) -> torch.Tensor | None:
-        return None if self.gradients is None else self._view(self.gradients, name)
+        return None if self.gradients is None else self.view(self.gradients, name)
 
     def read(self, row: int) -> Arrays:
         """A copy of one client's tensors, each of the client's own shape."""

@@ -18,6 +18,7 @@ from fedpeft.training.job import Job, rates
 from fedpeft.training.masks import Masks
 from fedpeft.training.optimizers import StackedAdamW
 from fedpeft.training.passes import Pass
+from fedpeft.training.rules import Rules
 
 CLOSE = 1e-5
 
@@ -170,6 +171,27 @@ def merges(job, layout, round, rank, seed, size=0.1):
         found[left] = (size * generator.standard_normal((job.start[pair.B].shape[0], rank))).astype(np.float32)
         found[right] = (size * generator.standard_normal((rank, job.start[pair.A].shape[1]))).astype(np.float32)
     return found
+
+
+def test_rules_of_single_tensors(tiny_settings, caplog):
+    """LoRA-FA's multipliers, each client's own, and learning rates that differ between tensors."""
+    config, parts = build(tiny_settings, learning_rate=1e-2)
+    generator = np.random.default_rng(0)
+    pairs = parts.adapted.layout().pairs
+    jobs = [
+        dataclasses.replace(
+            job,
+            rules=Rules(
+                factors={pairs[0].B: 0.1, pairs[1].A: 3.0},
+                multipliers={pair.B: generator.normal(size=(4, 4)).astype(np.float32) for pair in pairs},
+            ),
+        )
+        for job in jobs_of(parts)
+    ]
+    left, right = both(config, parts, jobs, caplog)
+    assert farthest(left, right) < CLOSE
+    plain = one.train(parts.adapted, parts.task, config, jobs_of(parts))
+    assert farthest(left, plain) > 1e-3
 
 
 def test_backbones_of_their_own(tiny_settings, caplog):
