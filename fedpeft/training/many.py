@@ -23,7 +23,6 @@ import numpy as np
 
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
-from fedpeft.arrays import digest
 from fedpeft.config import Config
 from fedpeft.data.examples import Indices
 from fedpeft.lookup import TABLES, find
@@ -43,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Model:
+class Setting:
     """What every cohort of a call shares."""
 
     adapted: Adapted
@@ -59,7 +58,7 @@ def train(adapted: Adapted, task: Any, config: Config, jobs: Sequence[Job]) -> l
     if reason is None:
         try:
             with seeds.torch_seed(config.seed, adapted.base.device):  # whatever is drawn here, nobody else notices
-                return _in_cohorts(Model(adapted, task, config), jobs)
+                return _in_cohorts(Setting(adapted, task, config), jobs)
         except UnsuitedError as error:
             reason = str(error)
     _say(reason)
@@ -72,18 +71,18 @@ def _say(reason: str) -> None:
     log.warning("engine many: one client at a time, since %s", reason)
 
 
-def _in_cohorts(model: Model, jobs: Sequence[Job]) -> list[Trained | Failure]:
+def _in_cohorts(setting: Setting, jobs: Sequence[Job]) -> list[Trained | Failure]:
     """Jobs that train the same tensors, so many at once as the memory allows."""
-    device = model.adapted.base.device
+    device = setting.adapted.base.device
     alike: dict[tuple[str, ...], list[int]] = {}
     for number, job in enumerate(jobs):
         alike.setdefault(job.names, []).append(number)
     ended: dict[int, Trained | Failure] = {}
     for numbers in alike.values():
-        size = memory.clients_at_once(model.config.training, device, max(_numbers(jobs[number].start) for number in numbers))
+        size = memory.clients_at_once(setting.config.training, device, max(_numbers(jobs[number].start) for number in numbers))
         for first in range(0, len(numbers), size):
             seated = numbers[first : first + size]
-            ended |= zip(seated, _attempt(model, [jobs[number] for number in seated], 1), strict=True)
+            ended |= zip(seated, _attempt(setting, [jobs[number] for number in seated], 1), strict=True)
     return [ended[number] for number in range(len(jobs))]
 
 
@@ -91,12 +90,12 @@ def _numbers(start: Arrays) -> int:
     return sum(array.size for name, array in start.items() if not name.startswith(BESIDE))
 
 
-def _attempt(model: Model, jobs: Sequence[Job], divisor: int) -> list[Trained | Failure]:
+def _attempt(setting: Setting, jobs: Sequence[Job], divisor: int) -> list[Trained | Failure]:
     """Train a cohort; when it breaks, each half of it alone, down to the client that is to blame."""
     import torch
 
     try:
-        return CohortTraining(model, jobs, divisor).run()
+        return CohortTraining(setting, jobs, divisor).run()
     except BREAKS as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             if divisor > 1 and len(jobs) == 1:
@@ -106,7 +105,7 @@ def _attempt(model: Model, jobs: Sequence[Job], divisor: int) -> list[Trained | 
         elif len(jobs) == 1:
             return [broken(jobs[0], error)]
     middle = (len(jobs) + 1) // 2
-    return [trained for half in (jobs[:middle], jobs[middle:]) if half for trained in _attempt(model, half, divisor)]
+    return [trained for half in (jobs[:middle], jobs[middle:]) if half for trained in _attempt(setting, half, divisor)]
 
 
 def _clip(gradients: torch.Tensor, norm: float) -> None:
@@ -122,11 +121,10 @@ def _ran_out(clients: int) -> None:
 class CohortTraining:
     """One cohort, from its jobs' starts to their ends. Seats are places in it, those with the most steps first."""
 
-    def __init__(self, model: Model, jobs: Sequence[Job], divisor: int) -> None:
+    def __init__(self, setting: Setting, jobs: Sequence[Job], divisor: int) -> None:
         import torch
 
-        self.model = model
-        self.config, self.adapted, self.device = model.config, model.adapted, model.adapted.base.device
+        self.config, self.adapted, self.task, self.device = setting.config, setting.adapted, setting.task, setting.adapted.base.device
         self.divisor = divisor  # of the tokens of a pass
         plans = [batches(self.config, job) for job in jobs]
         self.order = sorted(range(len(jobs)), key=lambda place: -len(plans[place]))
@@ -152,10 +150,13 @@ class CohortTraining:
     def _merge_shared(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Set the backbone to what all jobs have merged; the rest of each, by module, stacked."""
         merged = [{name: array for name, array in job.start.items() if name.startswith(MERGED)} for job in self.jobs]
-        prints = [{name: digest({name: array}) for name, array in arrays.items()} for arrays in merged]
-        shared = {name for name, mine in prints[0].items() if all(theirs.get(name) == mine for theirs in prints)}
-        sides = [merge_names(merged_round(name), merged_module(name)) for name in shared]
-        shared = {name for both in sides if set(both) <= shared for name in both}
+
+        def everywhere(name: str) -> bool:
+            mine = merged[0][name]
+            return all(theirs.get(name) is mine or (name in theirs and np.array_equal(theirs[name], mine)) for theirs in merged)
+
+        sides = {merge_names(merged_round(name), merged_module(name)) for name in merged[0]}
+        shared = {name for both in sides if all(map(everywhere, both)) for name in both}
         self.adapted.backbone.set({name: merged[0][name] for name in shared})
         modules = sorted({merged_module(name) for arrays in merged for name in arrays if name not in shared})
         if strangers := set(modules) - {pair.module for pair in self.adapted.layout().pairs}:
@@ -183,9 +184,9 @@ class CohortTraining:
         started = time.perf_counter()
         training = self.config.training
         steps = [len(plan) for plan in self.plans]
-        speeds = np.zeros((steps[0], len(self.jobs)), np.float32)
+        schedules = np.zeros((steps[0], len(self.jobs)), np.float32)
         for seat, job in enumerate(self.jobs):
-            speeds[: steps[seat], seat] = rates(self.config, len(job.data), job.round)
+            schedules[: steps[seat], seat] = rates(self.config, len(job.data), job.round)
         self.adapted.model.train()
         values, gradients = self.trained.values, self.trained.gradients
         assert gradients is not None
@@ -208,7 +209,7 @@ class CohortTraining:
                     g.addcmul_(values[:n] - anchors[:n], pulls[:n])
                 if drifts is not None:
                     g.add_(drifts[:n])
-                optimizer.step(values[:n], g, torch.from_numpy(speeds[step, :n, None]).to(self.device))
+                optimizer.step(values[:n], g, torch.from_numpy(schedules[step, :n, None]).to(self.device))
             if self._randomness() != before:
                 raise UnsuitedError("the model draws random numbers of its own")
         return self._ended(losses.cpu().numpy(), steps, time.perf_counter() - started)
@@ -241,7 +242,7 @@ class CohortTraining:
             start = spans[-1].stop
         with Dropouts(spans, longest).mode():
             logits = self.adapted.model(**inputs).logits
-        loss: torch.Tensor = self.model.task.loss(logits, labels)
+        loss: torch.Tensor = self.task.loss(logits, labels)
         return loss * torch.tensor(one_pass.shares(), device=self.device)
 
     def _probe(self) -> int:
