@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from fedpeft.records import BESIDE, MERGED, Arrays, Failure, merge_names, merged
 from fedpeft.training import memory, one
 from fedpeft.training.job import BREAKS, Job, Trained, batches, broken, dropout_seed, rates
 from fedpeft.training.masks import Dropouts, Masks, Span, UnsuitedError
-from fedpeft.training.passes import Batch, Pass, Rows, cut, length
+from fedpeft.training.passes import Batch, Pass, Rows, cut, length, pools
 from fedpeft.training.stacked import Stacked
 from fedpeft.training.stacked_layers import Cohort, obstacle, stacked
 
@@ -193,7 +193,7 @@ class CohortTraining:
         optimizer = find("stacked_optimizer", training.optimizer)(values, training.weight_decay)
         losses = torch.zeros(steps[0], len(self.jobs), device=self.device)
         with stacked(self.adapted, self.cohort):
-            tokens = self._probe()
+            self._probe()
             pulls = torch.tensor([[job.proximal] for job in self.jobs], device=self.device)
             anchors = values.clone() if pulls.any() else None
             drifts = self.trained.matrix([job.drift for job in self.jobs]) if any(job.drift for job in self.jobs) else None
@@ -201,7 +201,7 @@ class CohortTraining:
             for step in range(steps[0]):
                 n = sum(count > step for count in steps)  # those who are not done come first
                 gradients.zero_()
-                self._backward(step, n, tokens, losses[step])
+                self._backward(step, n, losses[step])
                 g = gradients[:n]
                 if training.max_grad_norm is not None:
                     _clip(g, training.max_grad_norm)
@@ -214,20 +214,23 @@ class CohortTraining:
                 raise UnsuitedError("the model draws random numbers of its own")
         return self._ended(losses.cpu().numpy(), steps, time.perf_counter() - started)
 
-    def _backward(self, step: int, n: int, tokens: int, losses: torch.Tensor) -> None:
+    def _backward(self, step: int, n: int, losses: torch.Tensor) -> None:
         """Add up the gradients and losses of a step of the first `n` clients."""
-        plans = [self.plans[seat][step] for seat in range(n)]
-        for part in range(max(len(plan) for plan in plans)):
-            alike = []
-            for seat, plan in enumerate(plans):
-                if part < len(plan):
-                    data, rows = self.jobs[seat].data, plan[part]
-                    masks = Masks(self.generators[seat], len(rows), max(length(data, int(row)) for row in rows))
-                    alike.append(Batch(seat, data, rows, 1.0 / sum(len(rows) for rows in plan), masks))
-            for one_pass in cut(alike, tokens):
-                loss = self._forward(one_pass)
-                loss.sum().backward()  # type: ignore[no-untyped-call]
-                losses.index_add_(0, self.cohort.seats, loss.detach())
+        for part in range(max(len(self.plans[seat][step]) for seat in range(n))):
+            for pool in pools(self._batches(step, part, n), self.pool_tokens):
+                for one_pass in cut(pool, self.pass_tokens):
+                    loss = self._forward(one_pass)
+                    loss.sum().backward()  # type: ignore[no-untyped-call]
+                    losses.index_add_(0, self.cohort.seats, loss.detach())
+
+    def _batches(self, step: int, part: int, n: int) -> Iterator[Batch]:
+        """The `part`-th batch of a step of each of the first `n` clients that has so many."""
+        for seat in range(n):
+            plan, data = self.plans[seat][step], self.jobs[seat].data
+            if part < len(plan):
+                rows = plan[part]
+                masks = Masks(self.generators[seat], len(rows), max(length(data, int(row)) for row in rows))
+                yield Batch(seat, data, rows, 1.0 / sum(len(rows) for rows in plan), masks)
 
     def _forward(self, one_pass: Pass) -> torch.Tensor:
         """Each row's share of its client's loss, [rows]."""
@@ -245,23 +248,26 @@ class CohortTraining:
         loss: torch.Tensor = self.task.loss(logits, labels)
         return loss * torch.tensor(one_pass.shares(), device=self.device)
 
-    def _probe(self) -> int:
-        """Send one row through the model, to see that it can be done; the tokens that a pass may hold."""
+    def _probe(self) -> None:
+        """Send one row through the model, to see that it can be done and how much may be done at once."""
         import torch
 
         longest, seat = max((len(tokens["input_ids"]), -seat) for seat, job in enumerate(self.jobs) for tokens in job.data.inputs)
         data = self.jobs[-seat].data
         row = next(row for row in range(len(data)) if length(data, row) == longest)
-        generator = torch.Generator(self.device).manual_seed(0)
+        masks = Masks(torch.Generator(self.device).manual_seed(0), 1, longest)
         before = self._randomness()
         with memory.counted([*self.adapted.model.parameters(), *(own.values for own in self.cohort.tensors.values())]) as kept:
-            loss = self._forward(Pass((Rows(Batch(-seat, data, np.array([row]), 1.0, Masks(generator, 1, longest)), [0]),))).sum()
+            loss = self._forward(Pass((Rows(Batch(-seat, data, np.array([row]), 1.0, masks), [0]),))).sum()
         if self._randomness() != before:
             raise UnsuitedError("the model draws random numbers of its own")
         loss.backward()  # type: ignore[no-untyped-call]
         if untouched := [name for name, own in self.trained.tensors.items() if not own.reached]:
             raise UnsuitedError(f"{untouched[0]} gets no gradient")
-        return max(longest, memory.tokens_at_once(self.config.training, self.device, kept() / longest) // self.divisor)
+        fit = memory.tokens_at_once(self.config.training, self.device, kept() / longest)
+        self.pass_tokens = max(longest, fit // self.divisor)
+        drawn = sum(mask.nbytes for mask in masks.drawn)
+        self.pool_tokens = memory.tokens_with_masks(self.config.training, self.device, drawn / longest, self.pass_tokens)
 
     def _randomness(self) -> bytes:
         """The state of torch's own generators: it changes when a model draws numbers that no client's generator gave."""

@@ -127,6 +127,7 @@ def test_many_is_one_client_by_client(case, dropout, tiny_settings, caplog):
 
 def test_32_clients_in_short_passes(tiny_settings, caplog, monkeypatch):
     monkeypatch.setattr("fedpeft.training.memory.ON_CPU", 40)
+    monkeypatch.setattr("fedpeft.training.memory.PASSES", 3)
     config, parts = build(tiny_settings, clients=32, adapter={"lora_dropout": 0.1}, max_steps=2)
     assert farthest(*both(config, parts, jobs_of(parts), caplog)) < CLOSE
 
@@ -359,8 +360,8 @@ def decayed_twice(optimizer, values, gradients, rates):
     values[0].mul_(1 - rates[0] * optimizer.weight_decay)
 
 
-def drawn_again(masks, question, shape, keep, dtype):
-    return torch.empty(shape, dtype=dtype).bernoulli_(keep, generator=masks.generator)
+def drawn_again(masks, question, shape, keep):
+    return torch.empty(shape, dtype=torch.bool).bernoulli_(keep, generator=masks.generator)
 
 
 ERRORS = {  # one of each kind that training many clients together invites
