@@ -19,12 +19,13 @@ benchmarks/results/engine.json.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import multiprocessing
 import os
 import pathlib
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -184,11 +185,19 @@ def in_a_process(function: Callable[..., int], *arguments: Any) -> int:
 
 
 def peak_memory(name: str, case: Case, data: pathlib.Path, steps: int) -> int:
-    """Largest resident size beyond that of the loaded contest."""
+    """Largest resident size beyond that of the loaded contest (Linux)."""
     contest = Contest(case, data, steps)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident("VmRSS")
     contest.run(name)
-    return max(1, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    return resident("VmHWM") - before
+
+
+def resident(kind: str) -> int:
+    (line,) = (line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return int(line.split()[1]) * 1024
 
 
 class Loop:

@@ -136,7 +136,7 @@ def test_logits_do_not_depend_on_batch_mates(tiny_settings, tiny_bert, tmp_path)
     np.testing.assert_allclose(evaluate.logits(parts.adapted, parts.test, 24), alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [*(make for make in MODELS if make is not bart), qwen2, gemma], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [*MODELS, qwen2, gemma], ids=lambda make: make.__name__)
 def test_many_clients_train_in_one_pass_as_one_by_one(make, tiny_settings, tiny_bert, tmp_path, caplog):
     """With the dropouts of the model's own config, one on the adapter's input, and every linear layer adapted."""
     from transformers import AutoTokenizer
@@ -164,3 +164,23 @@ def test_many_clients_train_in_one_pass_as_one_by_one(make, tiny_settings, tiny_
         assert max(np.abs(theirs.arrays[name] - job.start[name]).max() for name in job.names) > 1e-3
         for name in job.names:
             np.testing.assert_allclose(mine.arrays[name], theirs.arrays[name], atol=1e-5, err_msg=name)
+
+
+def test_a_model_that_drops_layers_at_random_trains_one_by_one(tiny_settings, tiny_bert, tmp_path, caplog):
+    """BART's layerdrop: one number a layer, which would be the same for all clients of a pass."""
+    from transformers import AutoTokenizer
+
+    from fedpeft.training import many
+    from fedpeft.training.job import Job
+
+    many._say.cache_clear()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    with torch.random.fork_rng():
+        bart(len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = Config.from_dict({**tiny_settings, "model": {"name": str(tmp_path / "base")}, "adapter": {"name": "lora"}})
+    parts = assemble(config)
+    parts.adapted.base.model.model.encoder.layerdrop = 0.5
+    jobs = [Job(client, 1, parts.adapted.read(), parts.adapted.trained, node.train) for client, node in parts.worker.nodes.items()]
+    assert all(trained.fell_back for trained in many.train(parts.adapted, parts.task, config, jobs))
+    assert "random numbers of its own" in caplog.text

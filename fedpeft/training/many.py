@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,6 @@ import numpy as np
 
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
-from fedpeft.arrays import digest
 from fedpeft.config import Config
 from fedpeft.data.examples import Indices
 from fedpeft.lookup import TABLES, find
@@ -32,7 +31,7 @@ from fedpeft.records import BESIDE, MERGED, Arrays, Failure, merge_names, merged
 from fedpeft.training import memory, one
 from fedpeft.training.job import BREAKS, Job, Trained, batches, broken, dropout_seed, rates
 from fedpeft.training.masks import Dropouts, Masks, Span, UnsuitedError
-from fedpeft.training.passes import Batch, Pass, Rows, cut, length
+from fedpeft.training.passes import Batch, Pass, Rows, cut, length, pools
 from fedpeft.training.stacked import Stacked
 from fedpeft.training.stacked_layers import Cohort, obstacle, stacked
 
@@ -43,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Model:
+class Setting:
     """What every cohort of a call shares."""
 
     adapted: Adapted
@@ -63,7 +62,7 @@ def train(adapted: Adapted, task: Any, config: Config, jobs: Sequence[Job]) -> l
     if reason is None:
         try:
             with seeds.torch_seed(config.seed, adapted.base.device):  # whatever is drawn here, nobody else notices
-                return _in_cohorts(Model(adapted, task, config), jobs)
+                return _in_cohorts(Setting(adapted, task, config), jobs)
         except UnsuitedError as error:
             reason = str(error)
     _say(reason)
@@ -76,18 +75,18 @@ def _say(reason: str) -> None:
     log.warning("engine many: one client at a time, since %s", reason)
 
 
-def _in_cohorts(model: Model, jobs: Sequence[Job]) -> list[Trained | Failure]:
+def _in_cohorts(setting: Setting, jobs: Sequence[Job]) -> list[Trained | Failure]:
     """Jobs that train the same tensors, so many at once as the memory allows."""
-    device = model.adapted.base.device
+    device = setting.adapted.base.device
     alike: dict[tuple[str, ...], list[int]] = {}
     for number, job in enumerate(jobs):
         alike.setdefault(job.names, []).append(number)
     ended: dict[int, Trained | Failure] = {}
     for numbers in alike.values():
-        size = memory.clients_at_once(model.config.training, device, max(_numbers(jobs[number].start) for number in numbers))
+        size = memory.clients_at_once(setting.config.training, device, max(_numbers(jobs[number].start) for number in numbers))
         for first in range(0, len(numbers), size):
             seated = numbers[first : first + size]
-            ended |= zip(seated, _attempt(model, [jobs[number] for number in seated], 1), strict=True)
+            ended |= zip(seated, _attempt(setting, [jobs[number] for number in seated], 1), strict=True)
     return [ended[number] for number in range(len(jobs))]
 
 
@@ -95,12 +94,12 @@ def _numbers(start: Arrays) -> int:
     return sum(array.size for name, array in start.items() if not name.startswith(BESIDE))
 
 
-def _attempt(model: Model, jobs: Sequence[Job], divisor: int) -> list[Trained | Failure]:
+def _attempt(setting: Setting, jobs: Sequence[Job], divisor: int) -> list[Trained | Failure]:
     """Train a cohort; when it breaks, each half of it alone, down to the client that is to blame."""
     import torch
 
     try:
-        return CohortTraining(model, jobs, divisor).run()
+        return CohortTraining(setting, jobs, divisor).run()
     except BREAKS as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             if divisor > 1 and len(jobs) == 1:
@@ -110,7 +109,7 @@ def _attempt(model: Model, jobs: Sequence[Job], divisor: int) -> list[Trained | 
         elif len(jobs) == 1:
             return [broken(jobs[0], error)]
     middle = (len(jobs) + 1) // 2
-    return [trained for half in (jobs[:middle], jobs[middle:]) if half for trained in _attempt(model, half, divisor)]
+    return [trained for half in (jobs[:middle], jobs[middle:]) if half for trained in _attempt(setting, half, divisor)]
 
 
 def _clip(gradients: torch.Tensor, norm: float) -> None:
@@ -126,11 +125,10 @@ def _ran_out(clients: int) -> None:
 class CohortTraining:
     """One cohort, from its jobs' starts to their ends. Seats are places in it, those with the most steps first."""
 
-    def __init__(self, model: Model, jobs: Sequence[Job], divisor: int) -> None:
+    def __init__(self, setting: Setting, jobs: Sequence[Job], divisor: int) -> None:
         import torch
 
-        self.model = model
-        self.config, self.adapted, self.device = model.config, model.adapted, model.adapted.base.device
+        self.config, self.adapted, self.task, self.device = setting.config, setting.adapted, setting.task, setting.adapted.base.device
         self.divisor = divisor  # of the tokens of a pass
         plans = [batches(self.config, job) for job in jobs]
         self.order = sorted(range(len(jobs)), key=lambda place: -len(plans[place]))
@@ -156,10 +154,13 @@ class CohortTraining:
     def _merge_shared(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Set the backbone to what all jobs have merged; the rest of each, by module, stacked."""
         merged = [{name: array for name, array in job.start.items() if name.startswith(MERGED)} for job in self.jobs]
-        prints = [{name: digest({name: array}) for name, array in arrays.items()} for arrays in merged]
-        shared = {name for name, mine in prints[0].items() if all(theirs.get(name) == mine for theirs in prints)}
-        sides = [merge_names(merged_round(name), merged_module(name)) for name in shared]
-        shared = {name for both in sides if set(both) <= shared for name in both}
+
+        def everywhere(name: str) -> bool:
+            mine = merged[0][name]
+            return all(theirs.get(name) is mine or (name in theirs and np.array_equal(theirs[name], mine)) for theirs in merged)
+
+        sides = {merge_names(merged_round(name), merged_module(name)) for name in merged[0]}
+        shared = {name for both in sides if all(map(everywhere, both)) for name in both}
         self.adapted.backbone.set({name: merged[0][name] for name in shared})
         modules = sorted({merged_module(name) for arrays in merged for name in arrays if name not in shared})
         if strangers := set(modules) - {pair.module for pair in self.adapted.layout().pairs}:
@@ -187,16 +188,16 @@ class CohortTraining:
         started = time.perf_counter()
         training = self.config.training
         steps = [len(plan) for plan in self.plans]
-        speeds = np.zeros((steps[0], len(self.jobs)), np.float32)
+        schedules = np.zeros((steps[0], len(self.jobs)), np.float32)
         for seat, job in enumerate(self.jobs):
-            speeds[: steps[seat], seat] = rates(self.config, len(job.data), job.round)
+            schedules[: steps[seat], seat] = rates(self.config, len(job.data), job.round)
         self.adapted.model.train()
         values, gradients = self.trained.values, self.trained.gradients
         assert gradients is not None
         optimizer = find("stacked_optimizer", training.optimizer)(values, training.weight_decay)
         losses = torch.zeros(steps[0], len(self.jobs), device=self.device)
         with stacked(self.adapted, self.cohort):
-            tokens = self._probe()
+            self._probe()
             pulls = torch.tensor([[job.proximal] for job in self.jobs], device=self.device)
             anchors = values.clone() if pulls.any() else None
             drifts = self.trained.matrix([job.drift for job in self.jobs]) if any(job.drift for job in self.jobs) else None
@@ -206,7 +207,7 @@ class CohortTraining:
             for step in range(steps[0]):
                 n = sum(count > step for count in steps)  # those who are not done come first
                 gradients.zero_()
-                self._backward(step, n, tokens, losses[step])
+                self._backward(step, n, losses[step])
                 g = gradients[:n]
                 if training.max_grad_norm is not None:
                     _clip(g, training.max_grad_norm)
@@ -217,7 +218,7 @@ class CohortTraining:
                     own.copy_(own @ M[:n])
                 if drifts is not None:
                     g.add_(drifts[:n])
-                optimizer.step(values[:n], g, torch.from_numpy(speeds[step, :n, None]).to(self.device) * factors)
+                optimizer.step(values[:n], g, torch.from_numpy(schedules[step, :n, None]).to(self.device) * factors)
             if self._randomness() != before:
                 raise UnsuitedError("the model draws random numbers of its own")
         return self._ended(losses.cpu().numpy(), steps, time.perf_counter() - started)
@@ -239,20 +240,23 @@ class CohortTraining:
             self.trained.view(factors, name).fill_(factor)
         return factors
 
-    def _backward(self, step: int, n: int, tokens: int, losses: torch.Tensor) -> None:
+    def _backward(self, step: int, n: int, losses: torch.Tensor) -> None:
         """Add up the gradients and losses of a step of the first `n` clients."""
-        plans = [self.plans[seat][step] for seat in range(n)]
-        for part in range(max(len(plan) for plan in plans)):
-            alike = []
-            for seat, plan in enumerate(plans):
-                if part < len(plan):
-                    data, rows = self.jobs[seat].data, plan[part]
-                    masks = Masks(self.generators[seat], len(rows), max(length(data, int(row)) for row in rows))
-                    alike.append(Batch(seat, data, rows, 1.0 / sum(len(rows) for rows in plan), masks))
-            for one_pass in cut(alike, tokens):
-                loss = self._forward(one_pass)
-                loss.sum().backward()  # type: ignore[no-untyped-call]
-                losses.index_add_(0, self.cohort.seats, loss.detach())
+        for part in range(max(len(self.plans[seat][step]) for seat in range(n))):
+            for pool in pools(self._batches(step, part, n), self.pool_tokens):
+                for one_pass in cut(pool, self.pass_tokens):
+                    loss = self._forward(one_pass)
+                    loss.sum().backward()  # type: ignore[no-untyped-call]
+                    losses.index_add_(0, self.cohort.seats, loss.detach())
+
+    def _batches(self, step: int, part: int, n: int) -> Iterator[Batch]:
+        """The `part`-th batch of a step of each of the first `n` clients that has so many."""
+        for seat in range(n):
+            plan, data = self.plans[seat][step], self.jobs[seat].data
+            if part < len(plan):
+                rows = plan[part]
+                masks = Masks(self.generators[seat], len(rows), max(length(data, int(row)) for row in rows))
+                yield Batch(seat, data, rows, 1.0 / sum(len(rows) for rows in plan), masks)
 
     def _forward(self, one_pass: Pass) -> torch.Tensor:
         """Each row's share of its client's loss, [rows]."""
@@ -267,26 +271,29 @@ class CohortTraining:
             start = spans[-1].stop
         with Dropouts(spans, longest).mode():
             logits = self.adapted.model(**inputs).logits
-        loss: torch.Tensor = self.model.task.loss(logits, labels)
+        loss: torch.Tensor = self.task.loss(logits, labels)
         return loss * torch.tensor(one_pass.shares(), device=self.device)
 
-    def _probe(self) -> int:
-        """Send one row through the model, to see that it can be done; the tokens that a pass may hold."""
+    def _probe(self) -> None:
+        """Send one row through the model, to see that it can be done and how much may be done at once."""
         import torch
 
         longest, seat = max((len(tokens["input_ids"]), -seat) for seat, job in enumerate(self.jobs) for tokens in job.data.inputs)
         data = self.jobs[-seat].data
         row = next(row for row in range(len(data)) if length(data, row) == longest)
-        generator = torch.Generator(self.device).manual_seed(0)
+        masks = Masks(torch.Generator(self.device).manual_seed(0), 1, longest)
         before = self._randomness()
         with memory.counted([*self.adapted.model.parameters(), *(own.values for own in self.cohort.tensors.values())]) as kept:
-            loss = self._forward(Pass((Rows(Batch(-seat, data, np.array([row]), 1.0, Masks(generator, 1, longest)), [0]),))).sum()
+            loss = self._forward(Pass((Rows(Batch(-seat, data, np.array([row]), 1.0, masks), [0]),))).sum()
         if self._randomness() != before:
             raise UnsuitedError("the model draws random numbers of its own")
         loss.backward()  # type: ignore[no-untyped-call]
         if untouched := [name for name, own in self.trained.tensors.items() if not own.reached]:
             raise UnsuitedError(f"{untouched[0]} gets no gradient")
-        return max(longest, memory.tokens_at_once(self.config.training, self.device, kept() / longest) // self.divisor)
+        fit = memory.tokens_at_once(self.config.training, self.device, kept() / longest)
+        self.pass_tokens = max(longest, fit // self.divisor)
+        drawn = sum(mask.nbytes for mask in masks.drawn)
+        self.pool_tokens = memory.tokens_with_masks(self.config.training, self.device, drawn / longest, self.pass_tokens)
 
     def _randomness(self) -> bytes:
         """The state of torch's own generators: it changes when a model draws numbers that no client's generator gave."""

@@ -31,12 +31,12 @@ class Masks:
     time: int  # its longest row
     drawn: list[torch.Tensor] = field(default_factory=list)
 
-    def get(self, question: int, shape: Sequence[int], keep: float, dtype: torch.dtype) -> torch.Tensor:
-        """0 or 1, of `shape`."""
+    def get(self, question: int, shape: Sequence[int], keep: float) -> torch.Tensor:
+        """What is kept, of `shape`."""
         import torch
 
         if question == len(self.drawn):
-            mask = torch.empty(tuple(shape), dtype=dtype, device=self.generator.device)
+            mask = torch.empty(tuple(shape), dtype=torch.bool, device=self.generator.device)
             self.drawn.append(mask.bernoulli_(keep, generator=self.generator))
         return self.drawn[question]
 
@@ -97,7 +97,7 @@ class Dropouts:
         for span in self.spans:
             own = span.masks
             size = (own.rows, *(own.time if axis in timed else shape[axis] for axis in range(1, len(shape))))
-            mask = own.get(self._questions, size, 1.0 - p, input.dtype)
+            mask = own.get(self._questions, size, 1.0 - p)
             shown = (slice(None), *(slice(min(a, b)) for a, b in zip(size[1:], shape[1:], strict=True)))
             mask = mask if len(span.chosen) == own.rows else mask[span.chosen]
             noise[span.start : span.stop][shown] = mask[shown]

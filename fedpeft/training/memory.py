@@ -1,9 +1,9 @@
 """How much engine `many` takes on at once, from a budget of memory.
 
 Half of the budget is for what each client of a cohort has: five copies of its numbers (start, values, gradients and two
-moments). The other half is for the activations of a pass: what the backward pass needs is counted, tensor by tensor, while
-one row goes through the model, and a pass may hold as many tokens as fit. The plan depends on the machine, the model and
-the jobs alone, so that a repeated run is cut alike.
+moments). A quarter is for the activations of a pass: what the backward pass needs is counted, tensor by tensor, while one
+row goes through the model, and a pass may hold as many tokens as fit. A quarter is for dropout masks, which wait for the
+passes that need them. The plan depends on the machine, the model and the jobs alone, so that a repeated run is cut alike.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 COPIES = 5  # of every client's numbers
 ON_CPU = 512  # tokens of a pass: more of them fall out of the cache, and rows of like length part less well (benchmarks/engine.py)
+
+PASSES = 16  # that rows are sorted into by length: more make them hardly more alike
 
 
 def budget(training: TrainingSection, device: str) -> float:
@@ -42,8 +44,14 @@ def clients_at_once(training: TrainingSection, device: str, numbers: int) -> int
 
 def tokens_at_once(training: TrainingSection, device: str, bytes_a_token: float) -> int:
     """Tokens of a pass, padding included."""
-    fit = int(budget(training, device) / 2 / bytes_a_token)
+    fit = int(budget(training, device) / 4 / bytes_a_token)
     return fit if device.startswith("cuda") else min(fit, ON_CPU)
+
+
+def tokens_with_masks(training: TrainingSection, device: str, bytes_a_token: float, tokens: int) -> int:
+    """Tokens whose masks may stand in memory while their rows are dealt into passes of `tokens`."""
+    fit = int(budget(training, device) / 4 / max(1.0, bytes_a_token))
+    return max(tokens, min(fit, PASSES * tokens))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ less padding than any client has alone. Gradients of a client add up over the pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,21 @@ class Pass:
 def length(data: Encoded, row: int) -> int:
     """Tokens of one example."""
     return len(data.inputs[row]["input_ids"])
+
+
+def pools(batches: Iterable[Batch], tokens: int) -> Iterator[list[Batch]]:
+    """Batches in turn, as many together as have `tokens` with their own padding: their masks stand in memory at once."""
+    pool: list[Batch] = []
+    held = 0
+    for batch in batches:
+        size = batch.masks.rows * batch.masks.time
+        if pool and held + size > tokens:
+            yield pool
+            pool, held = [], 0
+        pool.append(batch)
+        held += size
+    if pool:
+        yield pool
 
 
 def cut(batches: Sequence[Batch], tokens: int) -> Iterator[Pass]:

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from fedpeft import Config, simulate
 from fedpeft.data.encoded import Encoded
@@ -127,6 +128,7 @@ def test_many_is_one_client_by_client(case, dropout, tiny_settings, caplog):
 
 def test_32_clients_in_short_passes(tiny_settings, caplog, monkeypatch):
     monkeypatch.setattr("fedpeft.training.memory.ON_CPU", 40)
+    monkeypatch.setattr("fedpeft.training.memory.PASSES", 3)
     config, parts = build(tiny_settings, clients=32, adapter={"lora_dropout": 0.1}, max_steps=2)
     assert farthest(*both(config, parts, jobs_of(parts), caplog)) < CLOSE
 
@@ -271,10 +273,6 @@ def test_a_small_budget_makes_small_cohorts(tiny_settings, caplog):
     assert farthest(*both(config, parts, jobs_of(parts), caplog)) < CLOSE
 
 
-class Mixing(torch.nn.BatchNorm1d):
-    """A layer that lets the rows of a batch see each other."""
-
-
 def falls_back(parts, config, caplog, reason):
     jobs = jobs_of(parts)
     expected = one.train(parts.adapted, parts.task, config, jobs)
@@ -285,10 +283,30 @@ def falls_back(parts, config, caplog, reason):
     assert len(said(caplog)) == 1 and reason in said(caplog)[0]
 
 
-def test_a_layer_that_mixes_rows_falls_back(tiny_settings, caplog):
+class Router(torch.nn.Module):
+    """Experts of bounded capacity: who comes too late gets none."""
+
+    expert_capacity = 64
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [(torch.nn.BatchNorm1d(3), "mixing normalises over the rows of a batch"), (Router(), "mixing routes the rows of a batch")],
+)
+def test_a_layer_that_mixes_rows_falls_back(module, reason, tiny_settings, caplog):
     config, parts = build(tiny_settings)
-    parts.adapted.model.add_module("mixing", Mixing(3))
-    falls_back(parts, config, caplog, "mixing normalises over the rows of a batch")
+    parts.adapted.model.add_module("mixing", module)
+    falls_back(parts, config, caplog, reason)
+
+
+def test_a_layer_that_does_not_keep_rows_apart_falls_back(tiny_settings, caplog):
+    """Time first, as some models have it inside."""
+    config, parts = build(tiny_settings)
+    layer = parts.adapted.base.model.bert.encoder.layer[0]
+    forward = layer.forward
+    layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].transpose(0, 1), *inputs[1:]))
+    layer.forward = lambda states, *args, **named: forward(functional.dropout(states, 0.1).transpose(0, 1), *args, **named)
+    falls_back(parts, config, caplog, "which is not one entry a row")
 
 
 def test_an_adapter_without_a_stacked_form_falls_back(tiny_settings, caplog):
@@ -364,8 +382,8 @@ def decayed_twice(optimizer, values, gradients, rates):
     values[0].mul_(1 - rates[0] * optimizer.weight_decay)
 
 
-def drawn_again(masks, question, shape, keep, dtype):
-    return torch.empty(shape, dtype=dtype).bernoulli_(keep, generator=masks.generator)
+def drawn_again(masks, question, shape, keep):
+    return torch.empty(shape, dtype=torch.bool).bernoulli_(keep, generator=masks.generator)
 
 
 ERRORS = {  # one of each kind that training many clients together invites
