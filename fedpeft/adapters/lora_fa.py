@@ -30,11 +30,12 @@ class LoraFa(Lora):
     """LoRA with A frozen and B's gradient corrected by (A A^T)^{-1} / s^2. Averages exactly, sends half."""
 
     def check_strategy(self, strategy: Any) -> None:
-        """As LoRA; the strategy has to leave A alone and train B in every round."""
+        """As LoRA; the strategy has to train B in every round, and to do no more than average it."""
         super().check_strategy(strategy)
         rounds = (Round(number, 2, Layout({}, (ONE,))) for number in (1, 2))
-        if strategy.refactors or any(ONE.B not in strategy.trains((ONE.A, ONE.B), at) for at in rounds):
-            got = f"{type(strategy).__name__} changes or trains A, and lora_fa keeps A as it was drawn"
+        does_more = strategy.of_factors and not strategy.plain_mean
+        if does_more or any(ONE.B not in strategy.trains((ONE.A, ONE.B), at) for at in rounds):
+            got = f"{type(strategy).__name__} changes A or asks for it, and lora_fa keeps A as it was drawn"
             raise UserError(Problem("strategy.name", got, do="use strategy fedavg, which is exact here, or adapter lora"))
 
     def resting(self, layout: Layout, arrays: Arrays) -> frozenset[str]:

@@ -289,6 +289,7 @@ COMBINED = {
     "factors that are not all": ({"name": "dora"}, "flora", "has none or more than these"),
     "a frozen A that is turned": ({"name": "lora_fa"}, "fed_svd", "keeps A as it was drawn; use strategy fedavg"),
     "a frozen A that is turned, underneath": ({"name": "lora_fa"}, {"name": "fedprox", "over": "ro_lora"}, "keeps A as it was drawn"),
+    "a frozen A that is asked for": ({"name": "lora_fa"}, "lora_fair", "keeps A as it was drawn"),
     "a start that is lost": ({"name": "lora", "init": "pissa"}, "fedsmooth_lora", "init pissa is lost"),
     "a start for one rank": ({"name": "lora", "init": "olora", "r": [2, 4]}, "flex_lora", "needs one rank for all clients"),
     "no such start": ({"name": "lora", "init": "pisa"}, "fedavg", 'did you mean "pissa"?'),
@@ -339,3 +340,20 @@ def test_the_list_shows_every_row():
     for name, facts in FEDERABLE.items():
         assert any(line.startswith(f"{name}: ") for line in lines), name
         assert any(facts.sentence in line for line in lines), name
+
+
+@pytest.mark.parametrize("name", ["fora", "lora_ga", "lora_fa from pissa", "frod"])
+def test_a_resumed_run_ends_at_the_same_bits(name, tiny_settings, tmp_path, monkeypatch):
+    """Clients that are new after a restart get what they cannot draw: merges of round 0, and the choice of layers."""
+    import shutil
+
+    for picture in ("curves", "draw", "write_report"):
+        monkeypatch.setattr(ending, picture, lambda *arguments: None)
+    config = Config.from_dict({**tiny_settings, "adapter": section(name)})
+    whole = simulate(config, tmp_path / "run").arrays
+    shutil.rmtree(tmp_path / "run" / "checkpoint" / "round-00003")
+    resumed = simulate(config, tmp_path / "run", resume=True)
+    assert resumed.summary["rounds_completed"] == 3
+    assert resumed.summary["rejected_updates"] == 0
+    for array in whole:
+        np.testing.assert_array_equal(whole[array], resumed.arrays[array])
