@@ -9,10 +9,11 @@ r: {clients: {hospital-a: 16, 3: 8}, rest: 4} by name or number
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from fedpeft import seeds
 from fedpeft.errors import Problem, UserError
@@ -29,7 +30,18 @@ class Named(Settings):
     rest: Rank = Field(description="rank of every other client")
 
 
-Ranks = Rank | Annotated[list[Rank], Field(min_length=1)] | Named | Annotated[Shares, Field(min_length=1)]
+def _in_one_sentence(given: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """One complaint instead of one for each form that a rank may have."""
+    try:
+        return check(given)
+    except ValidationError as error:
+        forms = "a valid integer of 1 or more, a list of such, shares {rank: share}, or {clients: {name: rank}, rest: rank}"
+        raise PydanticCustomError("ranks", "input should be {forms}", {"forms": forms}) from error
+
+
+Ranks = Annotated[
+    Rank | Annotated[list[Rank], Field(min_length=1)] | Named | Annotated[Shares, Field(min_length=1)], WrapValidator(_in_one_sentence)
+]
 
 
 def highest(ranks: Ranks) -> int:
