@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedpeft import seeds
-from fedpeft.config import ModelSection, TrainingSection
 from fedpeft.errors import Problem, UserError
 from fedpeft.lookup import TABLES, find
+from fedpeft.sections import ModelSection, TrainingSection
 
 if TYPE_CHECKING:
     import torch

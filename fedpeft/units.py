@@ -84,5 +84,6 @@ def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     privacy = summary.get("privacy")
     if privacy:
-        rows.append(("privacy", f"epsilon {privacy['epsilon']:.4g} at delta {privacy['delta']:g}, unit {privacy['unit']}"))
+        said = "no guarantee: the noise was seeded" if privacy["epsilon"] is None else f"epsilon {privacy['epsilon']:.4g}"
+        rows.append(("privacy", f"{said} at delta {privacy['delta']:g}, unit {privacy['unit']}"))
     return rows

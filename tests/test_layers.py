@@ -11,7 +11,21 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "fedpeft"
 
 LAYERS = [
     {"errors", "records", "arrays", "seeds", "lookup", "units", "environment", "yaml_file", "quiet", "products", "intervals"},
-    {"config", "flower_private", "wire", "screen", "runs", "curves", "page", "report", "strategies", "data", "privacy"},
+    {
+        "config",
+        "sections",
+        "complaints",
+        "flower_private",
+        "wire",
+        "screen",
+        "runs",
+        "curves",
+        "page",
+        "report",
+        "strategies",
+        "data",
+        "privacy",
+    },
     {"base", "adapters", "tasks", "training"},
     {"client", "server"},
     {"simulations", "listing"},

@@ -24,12 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.adapters.adapted import Adapted
-from fedpeft.config import TrainingSection
 from fedpeft.data.encoded import Encoded
 from fedpeft.errors import Problem, UserError
 from fedpeft.lookup import Settings
 from fedpeft.products import Matrix, leading
 from fedpeft.records import Arrays, Layout, Pair, TensorSpec, merge_names
+from fedpeft.sections import TrainingSection
 
 
 class Init(Settings):

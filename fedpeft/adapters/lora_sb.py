@@ -23,11 +23,11 @@ from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.adapter import Adapter
 from fedpeft.adapters.lora import TARGETS
 from fedpeft.adapters.rank_space import add_cores
-from fedpeft.config import TrainingSection
 from fedpeft.data.encoded import Encoded
 from fedpeft.lookup import Settings
 from fedpeft.products import leading
 from fedpeft.records import Arrays, Layout, TensorSpec
+from fedpeft.sections import TrainingSection
 from fedpeft.training.gradients import full_gradients
 
 

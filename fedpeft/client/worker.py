@@ -10,6 +10,7 @@ from fedpeft.adapters.adapted import Adapted
 from fedpeft.client.node import Node
 from fedpeft.config import Config
 from fedpeft.lookup import find
+from fedpeft.privacy.guard import Guard
 from fedpeft.records import Arrays, Assignment, Failure, Metrics, Update, merged_round
 from fedpeft.strategies.strategy import Gradients, Round, Strategy, Turn
 from fedpeft.training import evaluate
@@ -29,6 +30,7 @@ class Worker:
         nodes: Mapping[int, Node],
         surveys: Mapping[str, Any],
         clients: int,
+        guards: Mapping[int, Guard] | None = None,
     ) -> None:
         self.config = config
         self.adapted = adapted
@@ -36,6 +38,7 @@ class Worker:
         self.strategy = strategy
         self.nodes = nodes
         self.surveys = surveys
+        self.guards = guards or {}  # of the clients' privacy; none where the config asks for none
         self.clients = clients  # of the whole federation
         self.engine = find("engine", config.training.engine)
         self.layout = adapted.layout()
@@ -67,7 +70,9 @@ class Worker:
             if isinstance(trained, Failure) or isinstance(job, Failure):
                 answers.append(trained)
                 continue
-            metrics = {"loss": trained.loss, **self._validate(self.strategy.own(turn), self.nodes[job.client])}
+            metrics = self._validate(self.strategy.own(turn), self.nodes[job.client])
+            metrics |= {"loss": trained.loss} if trained.loss is not None else {}
+            metrics |= {"epsilon": self.guards[job.client].epsilon()} if job.client in self.guards else {}
             metrics |= {"fell_back": 1.0} if trained.fell_back else {}
             upload, self.memory[job.client] = self.strategy.end(turn, job.start, trained.arrays)
             answers.append(Update(job.round, job.client, upload, len(job.data), metrics, trained.seconds))
@@ -93,6 +98,10 @@ class Worker:
     def _begin(self, assignment: Assignment, turn: Turn) -> Job | Failure:
         try:
             start, drift = self.strategy.begin(turn), self.strategy.drift(turn)
+            guard = self.guards.get(assignment.client)
+            if guard is not None and (refusal := guard.refusal()):
+                return Failure(assignment.round, assignment.client, refusal)
+            private = guard.begin(assignment.round) if guard is not None else None
         except BREAKS as error:
             return Failure(assignment.round, assignment.client, f"beginning broke: {error}")
         adapter = self.adapted.adapter
@@ -106,6 +115,7 @@ class Worker:
             self.nodes[assignment.client].train,
             proximal=self.strategy.proximal(turn.at),
             tail=self.strategy.tail(turn.at),
+            private=private,
             drift=drift,
             rules=adapter.rules(turn.at.layout, start),
         )

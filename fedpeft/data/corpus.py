@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from fedpeft import seeds
-from fedpeft.config import Columns, DataSection
 from fedpeft.data.examples import Examples
 from fedpeft.errors import Problem, Problems, UserError
+from fedpeft.sections import Columns, DataSection
 
 Row = Mapping[str, Any]
 MISSING = frozenset({"", "None"})  # how a label that is not there looks as text

@@ -23,17 +23,19 @@ FIRST = "0" * 64
 class Ledger:
     """The releases of one client over the whole run, whoever was restarted in it. Raises UserError for a file that was edited."""
 
-    def __init__(self, path: pathlib.Path) -> None:
-        self.path = path
+    def __init__(self, path: pathlib.Path | None) -> None:
+        self.path = path  # None: kept in memory alone, for a dry run
         self.history: History = ()
         self.hash = FIRST
+        if path is None or not path.exists():
+            return
         whole = 0  # bytes up to the end of the last whole line
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        for line in path.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):  # torn: it never became durable, and nothing was trained on it
                 break
             self._read(line)
             whole += len(line)
-        if path.exists() and whole < path.stat().st_size:
+        if whole < path.stat().st_size:
             os.truncate(path, whole)
 
     def _read(self, line: bytes) -> None:
@@ -53,10 +55,11 @@ class Ledger:
         """Charge `release`; on disk when this returns."""
         entry = {"prev": self.hash, "round": round, "sigma": release.sigma, "q": release.q, "steps": release.steps}
         line = json.dumps(entry).encode() + b"\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
         self.history = (*self.history, release)
         self.hash = hashlib.sha256(line).hexdigest()

@@ -78,7 +78,7 @@ def summarise(federation: Federation, outcome: Outcome, adapted: Adapted, labels
         "base_parameters": adapted.base_parameters,
         "first_trained_layer": adapted.first_trained_layer,
         **adapted.adapter.report(federation.layout, outcome.arrays),
-        "privacy": None,
+        "privacy": federation.privacy(),
         "seconds": _seconds(records),
         "rejected_updates": sum(sum(record.rejected.values()) for record in records),
         "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONED}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from fedpeft.config import Config
 from fedpeft.records import Arrays, Layout, Metrics, RoundRecord, TensorSpec
@@ -41,6 +42,7 @@ class Federation:
     ranks: Mapping[int, int] = field(default_factory=dict)  # client -> rank, where it is not that of the layout
     surveys: tuple[Survey, ...] = ()  # in the order in which they are taken
     reported: Callable[[Arrays], Arrays] = lambda arrays: arrays  # what is evaluated and exported, where no global model exists
+    privacy: Callable[[], dict[str, Any] | None] = lambda: None  # what may be said of it; None where there is none
     memories: Callable[[], Arrays] = dict  # what the clients of this process remember, for the checkpoint; real ones keep their own
     restore: Callable[[Arrays], None] = lambda memories: None
 
@@ -69,4 +71,5 @@ class Outcome:
     state: Arrays
     records: list[RoundRecord] = field(default_factory=list)
     stopped_because: str = FINISHED
+    spent: set[int] = field(default_factory=set)  # clients whose privacy budget allows no further round
     seen: dict[int, int] = field(default_factory=dict)  # client -> round up to which it holds what was merged into the backbone

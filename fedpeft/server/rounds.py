@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 from fedpeft import arrays as arithmetic
 from fedpeft import wire
 from fedpeft.errors import Problem, RunStopped, UserError
+from fedpeft.privacy.guard import SPENT
 from fedpeft.records import Arrays, Assignment, Metrics, RoundRecord, Update
 from fedpeft.screen import Screen
 from fedpeft.server import checkpoint, sampling
@@ -39,10 +40,12 @@ def run(federation: Federation, grid: Grid, folder: RunFolder, screen: Screen) -
     else:
         screen.note(f"resuming after round {outcome.records[-1].round}")
     for round in range(outcome.records[-1].round + 1, federation.config.strategy.num_rounds + 1):
-        if _is_stuck(outcome, federation):
+        if _is_stuck(outcome, federation) or _is_spent(outcome, federation):
             break
         _finish_round(federation, outcome, _play(federation, grid, outcome, round), folder, screen)
-    if _is_stuck(outcome, federation):
+    if _is_spent(outcome, federation):
+        outcome.stopped_because = f"{SPENT}: no client can afford another round of epsilon"
+    elif _is_stuck(outcome, federation):
         last = outcome.records[-1]
         reasons = "; ".join(f"{reason} ({count})" for reason, count in last.rejected.items()) or f"{last.asked} clients were asked"
         outcome.stopped_because = f"too few updates were accepted, last time in round {last.round}: {reasons}"
@@ -106,12 +109,19 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     settings = federation.config.strategy
     times = [time.perf_counter()]
     roster = _wait_for(federation)
-    clients = sampling.choose(list(roster), settings.fraction_train, settings.min_train_nodes, federation.config.seed, round)
+    clients = sampling.choose(
+        [client for client in roster if client not in outcome.spent],
+        settings.fraction_train,
+        settings.min_train_nodes,
+        federation.config.seed,
+        round,
+    )
     received, at = outcome.arrays, federation.at(round)
     asked = assign(federation, wire.TRAIN, clients, outcome, round)
     traffic = exchange(grid, asked.assignments, roster, federation.base, settings.round_timeout)
     trained = federation.trains(received)
     judged = judge(traffic, federation, lambda client: federation.strategy.uploads(trained, federation.at(round, client)), received)
+    outcome.spent |= {failure.client for failure in judged.failed if failure.reason.startswith(SPENT)}
     outcome.seen |= {update.client: round - 1 for update in judged.accepted}
     question = federation.strategy.second(judged.accepted, at) if len(judged.accepted) >= federation.fewest else {}
     if question:
@@ -167,6 +177,11 @@ def _is_stuck(outcome: Outcome, federation: Federation) -> bool:
     return len(empty) == min(MAX_EMPTY_ROUNDS, num_rounds)
 
 
+def _is_spent(outcome: Outcome, federation: Federation) -> bool:
+    """Every client that is there has said that its privacy budget allows no further round."""
+    return bool(outcome.spent) and set(federation.roster()) <= outcome.spent
+
+
 def _record(
     round: int, traffic: Exchange, judged: Judged, metrics: Metrics, moved: float, seconds: dict[str, float], said: Metrics
 ) -> RoundRecord:
@@ -185,6 +200,7 @@ def _record(
         update_norm=moved,
         client_update_norms=judged.norms,
         seconds=seconds,
+        epsilon=max((update.metrics["epsilon"] for update in judged.accepted if "epsilon" in update.metrics), default=None),
         report={**said, **_client_means(judged.accepted)},
     )
 
@@ -197,7 +213,7 @@ def _training_loss(updates: Sequence[Update]) -> float | None:
 
 def _client_means(updates: Sequence[Update]) -> dict[str, float]:
     """The plain mean, over the clients that gave it, of every metric but the training loss: all clients count alike."""
-    names = sorted({name for update in updates for name in update.metrics} - {"loss"})
+    names = sorted({name for update in updates for name in update.metrics} - {"loss", "epsilon"})
     given = {name: [update.metrics[name] for update in updates if name in update.metrics] for name in names}
     if updates and updates[0].round > 0:
         given["seconds"] = [update.seconds for update in updates]  # of training, by the clients' own clocks

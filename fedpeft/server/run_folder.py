@@ -30,6 +30,11 @@ class RunFolder:
         return self.path / "personal" / client
 
     @property
+    def ledgers(self) -> pathlib.Path:
+        """The clients' privacy ledgers, where there is privacy and the clients are in this process."""
+        return self.path / "ledger"
+
+    @property
     def checkpoint(self) -> pathlib.Path:
         """What `--resume` reads."""
         return self.path / "checkpoint"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,14 @@ from fedpeft.data.encoded import Encoded
 from fedpeft.data.partitions import Partition
 from fedpeft.errors import Problems
 from fedpeft.lookup import find
+from fedpeft.privacy import planning
+from fedpeft.privacy.guard import Guard
+from fedpeft.privacy.ledger import Ledger
+from fedpeft.privacy.planning import Plan
 from fedpeft.server import sampling
 from fedpeft.strategies.strategy import Strategy
+from fedpeft.training import private
+from fedpeft.training.job import local_steps
 
 ADAPTER = "adapter"  # the action of the survey that an adapter needs
 
@@ -55,8 +62,11 @@ def deal(config: Config) -> Split:
     return Split(found, partitions.split(config.partition, found.train, seeds.generator(config.seed, "partition")))
 
 
-def assemble(config: Config, check: Callable[[], None] | None = None) -> Parts:
-    """Load data, model and adapter. Raises one UserError with the problems of all three, and of `check` if given."""
+def assemble(config: Config, check: Callable[[], None] | None = None, ledgers: pathlib.Path | None = None) -> Parts:
+    """Load data, model and adapter. Raises one UserError with the problems of all three, and of `check` if given.
+
+    With privacy, each client's ledger is kept in the folder `ledgers`, or in memory alone when there is none.
+    """
     task = find("task", config.model.task)()
     adapter: Adapter = config.adapter.build()
     problems = Problems()
@@ -97,10 +107,30 @@ def assemble(config: Config, check: Callable[[], None] | None = None) -> Parts:
     test = task.encode(split.corpus.test, loaded.tokenizer, config.data.max_length)
     surveys = {config.training.head_init: find("head_init", config.training.head_init)(), ADAPTER: adapter.survey()}
     agreed = {action: survey for action, survey in surveys.items() if survey and survey.asks}
-    worker = Worker(config, adapted, task, strategy, nodes, agreed, len(nodes))
+    guards: dict[int, Guard] = {}
+    if config.privacy is not None:
+        private.check(adapted)
+        plans = plan_privacy(config, {split.partition.names[client]: len(node.train) for client, node in nodes.items()})
+        paths = [ledgers / f"client-{client}.jsonl" if ledgers else None for client in nodes]
+        for client, (plan, path) in enumerate(zip(plans, paths, strict=True)):
+            guards[client] = Guard(plan, Ledger(path), config.privacy.max_grad_norm, client, config.privacy.insecure_seed)
+    worker = Worker(config, adapted, task, strategy, nodes, agreed, len(nodes), guards)
     return Parts(
         split, adapted, strategy, task, worker, ranks, test, train.truncated, _digest([*(node.train for node in nodes.values()), test])
     )
+
+
+def plan_privacy(config: Config, clients: Mapping[str, int]) -> list[Plan]:
+    """The plan of every client, by its name and number of examples. Raises UserError with the problems of all."""
+    assert config.privacy is not None
+    batch = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
+    plans, problems = [], Problems()
+    for name, examples in clients.items():
+        with problems.gather():
+            steps = local_steps(config, examples)
+            plans.append(planning.plan(config.privacy, name, examples, batch, steps, config.strategy.num_rounds))
+    problems.raise_if_any()
+    return plans
 
 
 def _check_counts(config: Config, strategy: Strategy, clients: int, problems: Problems) -> None:

@@ -12,6 +12,7 @@ from fedpeft.arrays import weighted_mean
 from fedpeft.config import Config
 from fedpeft.errors import Problem, UserError
 from fedpeft.lookup import find
+from fedpeft.privacy.statement import statement
 from fedpeft.quiet import quiet_libraries
 from fedpeft.records import Arrays, Metrics
 from fedpeft.screen import Screen, choose
@@ -52,7 +53,7 @@ def simulate(config: Config, out: str | pathlib.Path | None = None, resume: bool
     if resume:
         folder.reopen(config)
     with quiet_libraries():
-        parts = assemble(config, check=None if resume else folder.check_free)
+        parts = assemble(config, None if resume else folder.check_free, folder.ledgers)
         if not resume:
             folder.create(config)
         screen.started(config, _facts(parts, folder))
@@ -118,6 +119,7 @@ def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int
         ranks=parts.ranks,
         surveys=tuple(surveys),
         reported=reported,
+        privacy=lambda: None if config.privacy is None else statement(config.privacy, parts.worker.guards),
         memories=parts.worker.memories,
         restore=parts.worker.restore,
     )

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedpeft.config import Columns
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.examples import Examples
 from fedpeft.errors import Problem, UserError
 from fedpeft.lookup import Settings
 from fedpeft.records import Metrics
+from fedpeft.sections import Columns
 
 if TYPE_CHECKING:
     import torch

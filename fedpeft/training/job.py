@@ -12,6 +12,7 @@ from fedpeft.config import Config
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.examples import Indices
 from fedpeft.lookup import find
+from fedpeft.privacy.mechanism import Mechanism
 from fedpeft.records import Arrays, Failure
 from fedpeft.training import schedules
 from fedpeft.training.rules import Rules
@@ -30,6 +31,7 @@ class Job:
     data: Encoded
     proximal: float = 0.0  # mu of the pull towards `start`
     tail: tuple[float, float] = (0.0, 1.0)  # (lambda, g) of a penalty lambda ||A[g r:]|| ||B[:, g r:]||
+    private: Mechanism | None = None  # how each step is made differentially private
     drift: Arrays = field(default_factory=dict)  # added to the gradients of the tensors it names, in every step
     rules: Rules = field(default_factory=Rules)  # what the adapter wants of single tensors
 
@@ -39,7 +41,7 @@ class Trained:
     """What came of a job."""
 
     arrays: Arrays  # the trained tensors
-    loss: float  # mean over the steps, each before its step
+    loss: float | None  # mean over the steps, each before its step; None where saying it would give away more than the budget
     steps: int
     seconds: float
     fell_back: bool = False  # trained by the reference engine, since the engine asked for does not cover it

@@ -16,9 +16,9 @@ import numpy as np
 
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.layers import layer_of
-from fedpeft.config import TrainingSection
 from fedpeft.data.encoded import Encoded
 from fedpeft.records import Arrays, Layout, TensorSpec
+from fedpeft.sections import TrainingSection
 
 if TYPE_CHECKING:
     import torch

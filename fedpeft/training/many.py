@@ -57,6 +57,8 @@ def train(adapted: Adapted, task: Any, config: Config, jobs: Sequence[Job]) -> l
         reason = f"the optimizer {config.training.optimizer} has no form for many clients"
     if any(job.tail[0] for job in jobs):
         reason = "a penalty on the last ranks has no stacked form"
+    if any(job.private for job in jobs):
+        reason = "differential privacy has no stacked form yet"
     if any(job.rules.orthonormal for job in jobs):
         reason = "Cayley-Adam has no stacked form"
     if reason is None:

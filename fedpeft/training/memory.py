@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from fedpeft.config import TrainingSection
+from fedpeft.sections import TrainingSection
 
 if TYPE_CHECKING:
     import torch

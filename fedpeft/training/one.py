@@ -4,7 +4,8 @@ A step of client k, L the mean over the records of its batches:
 
     g = (clip(grad L) + mu (theta - theta_start) + penalty) M + drift;   theta <- optimiser(theta, g)
 
-M and the optimiser of a tensor are the adapter's to say (rules.py), the rest is the strategy's (`Job`).
+M and the optimiser of a tensor are the adapter's to say (rules.py), the rest is the strategy's (`Job`). Under differential
+privacy clip(grad L) is what private.py releases instead; everything after it is post-processing.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from typing import Any
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.config import Config
+from fedpeft.data.examples import Indices
 from fedpeft.lookup import find
 from fedpeft.records import Failure
-from fedpeft.training.job import BREAKS, Job, Trained, batches, broken, dropout_seed, rates
+from fedpeft.training import private
+from fedpeft.training.job import BREAKS, Job, Trained, batches, broken, dropout_seed, local_steps, rates
 from fedpeft.training.rules import optimizers, set_rate
 
 
@@ -55,15 +58,12 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
             set_rate(steppers, rate)
             for stepper in steppers:
                 stepper.zero_grad()
-            records = sum(len(rows) for rows in parts)
-            loss = 0.0
-            for rows in parts:
-                inputs, labels = job.data.batch(rows, adapted.base.tokenizer, adapted.base.device)
-                share = task.loss(adapted.model(**inputs).logits, labels).sum() / records
-                share.backward()
-                loss += float(share.detach())
-            if training.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+            if job.private is not None:
+                private.into_gradients(adapted, task, job, job.private, trained, training.per_device_train_batch_size)
+            else:
+                losses.append(_into_gradients(adapted, task, job, parts))
+                if training.max_grad_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
             if job.proximal:
                 for parameter, anchor in zip(parameters, anchors, strict=True):
                     assert parameter.grad is not None
@@ -78,10 +78,21 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
                 parameter.grad.add_(drift)
             for stepper in steppers:
                 stepper.step()
-            losses.append(loss)
     for stepper in steppers:
         stepper.zero_grad()
-    return Trained(adapted.read(job.names), sum(losses) / len(losses), len(losses), time.perf_counter() - started)
+    loss = sum(losses) / len(losses) if losses else None
+    return Trained(adapted.read(job.names), loss, local_steps(config, len(job.data)), time.perf_counter() - started)
+
+
+def _into_gradients(adapted: Adapted, task: Any, job: Job, parts: Sequence[Indices]) -> float:
+    """The gradient of the mean loss over the records of all `parts`; the loss."""
+    records, loss = sum(len(rows) for rows in parts), 0.0
+    for rows in parts:
+        inputs, labels = job.data.batch(rows, adapted.base.tokenizer, adapted.base.device)
+        share = task.loss(adapted.model(**inputs).logits, labels).sum() / records
+        share.backward()
+        loss += float(share.detach())
+    return loss
 
 
 def _shrink_tail(adapted: Adapted, job: Job) -> None:

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fedpeft.adapters.adapted import Adapted
-from fedpeft.config import TrainingSection
 from fedpeft.data.encoded import Encoded
 from fedpeft.lookup import Settings
 from fedpeft.records import Arrays, Layout, TensorSpec
+from fedpeft.sections import TrainingSection
 from fedpeft.training import evaluate
 
 

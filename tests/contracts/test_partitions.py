@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedpeft.config import PartitionSection
 from fedpeft.data.examples import Examples
 from fedpeft.data.partitions import Partition, label_counts, split, table
 from fedpeft.data.partitions.dirichlet import cut, dirichlet
@@ -20,6 +19,7 @@ from fedpeft.data.partitions.quantity import quantity
 from fedpeft.data.partitions.shards import shards
 from fedpeft.errors import UserError
 from fedpeft.lookup import TABLES, find, settings_of
+from fedpeft.sections import PartitionSection
 
 ROWS = sorted(TABLES["partitioner"])
 DRAWN = [row for row in ROWS if row != "natural"]

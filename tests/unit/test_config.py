@@ -75,7 +75,7 @@ def test_a_misspelt_strategy_names_the_nearest():
         ("training.optimizer=adam", 'no optimizer is called "adam"'),
         ("partition.name=mine.py:deal", "there is no file"),
         ("partition.name=no_such_package:deal", "No module named"),
-        ("privacy.unit=example", "None"),
+        ("privacy.unit=example", "give target_epsilon"),
         ("nonsense", "is no override"),
         ("seed.x=1", ""),
         ("name=a/b", "match pattern"),

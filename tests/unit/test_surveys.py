@@ -5,8 +5,8 @@ import pytest
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from fedpeft.arrays import total
-from fedpeft.config import TrainingSection
 from fedpeft.data.encoded import Encoded
+from fedpeft.sections import TrainingSection
 from fedpeft.simulations.assemble import assemble
 from fedpeft.training import evaluate
 from fedpeft.training.surveys import ClassStatistics

@@ -15,10 +15,10 @@ from typing import Any, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.config import PartitionSection
 from fedpeft.data.examples import Examples, Indices
 from fedpeft.errors import Problem, UserError
 from fedpeft.lookup import find
+from fedpeft.sections import PartitionSection
 
 DEFAULT_CLIENTS = 10
 DRAWS = 20  # a draw that meets the minimum one time in five is found with probability 0.99

@@ -1,0 +1,28 @@
+"""What differential privacy of examples cannot protect is refused when the config is read, with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedpeft.errors import Problem, UserError
+
+
+def check(config: Any, strategy: Any, adapter: Any) -> None:
+    """Raises UserError when something of a client's data would leave it without noise. Loads nothing."""
+    if config.privacy is None:
+        return
+    problems = []
+    if not strategy.noise_proof:
+        got = f"{config.strategy.name} uploads functions of the data that training's noise does not cover"
+        problems.append(Problem("strategy.name", got, do="take fedavg, ffa_lora, lora_fair, fed_svd or ro_lora, or leave privacy out"))
+    if config.training.asks_before:
+        got = f"{config.training.head_init} sums the clients' features without noise"
+        problems.append(Problem("training.head_init", got, "random, with privacy"))
+    if adapter.survey() is not None:
+        got = f"{config.adapter.name} starts from sums over the clients' data, without noise"
+        problems.append(Problem("adapter.name", got, do="take a start that is drawn from the seed"))
+    if config.data.validation_fraction:
+        got = "metrics of the clients' own examples would travel without noise"
+        problems.append(Problem("data.validation_fraction", got, "0, with privacy"))
+    if problems:
+        raise UserError(*problems)

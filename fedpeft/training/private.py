@@ -1,0 +1,66 @@
+"""The gradient of one step under example-level differential privacy, for the engine that trains one client at a time.
+
+Rows of per-example gradients come in closed form where every trained tensor belongs to a linear layer (LoRA's factors, a
+linear head), else from one backward pass an example: slow, and right for anything that does not couple examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.data.examples import Indices
+from fedpeft.errors import Problem, UserError
+from fedpeft.privacy.mechanism import Mechanism, clipped_sum, released
+from fedpeft.privacy.noise import poisson
+from fedpeft.privacy.per_example import Rows, uncovered, watching
+from fedpeft.training.job import Job
+
+
+def check(adapted: Adapted) -> None:
+    """Raises UserError for a model in which the gradient of an example depends on others."""
+    import torch
+
+    for name, module in adapted.model.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            got = f"{name} normalises over the examples of a batch: no example has a gradient of its own"
+            raise UserError(Problem("privacy", got, do="take a model with layer norm"))
+
+
+def into_gradients(adapted: Adapted, task: Any, job: Job, mechanism: Mechanism, trained: Mapping[str, Any], batch_size: int) -> None:
+    """Draw a batch, and let the gradients of the `trained` tensors be what the mechanism releases for it."""
+    import torch
+
+    rows = poisson(mechanism.noise, len(job.data), mechanism.q)
+    total = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
+    for part in np.split(rows, range(batch_size, len(rows), batch_size)) if len(rows) else ():
+        for name, value in clipped_sum(_rows(adapted, task, job, part, trained), mechanism.C).items():
+            total[name] += value
+    for name, gradient in released(mechanism, total).items():
+        trained[name].grad = gradient
+
+
+def _rows(adapted: Adapted, task: Any, job: Job, part: Indices, trained: Mapping[str, Any]) -> Rows:
+    if not uncovered(adapted.model, dict(trained)):
+        with watching(adapted.model, dict(trained)) as rows:
+            _losses(adapted, task, job, part).sum().backward()
+        return rows
+    import torch
+
+    each: dict[str, list[Any]] = {name: [] for name in trained}
+    for row in part:
+        adapted.model.zero_grad()
+        _losses(adapted, task, job, np.array([row])).sum().backward()
+        for name, parameter in trained.items():
+            each[name].append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone())
+    return {name: torch.stack(found) for name, found in each.items()}
+
+
+def _losses(adapted: Adapted, task: Any, job: Job, part: Indices) -> Any:
+    inputs, labels = job.data.batch(part, adapted.base.tokenizer, adapted.base.device)
+    losses = task.loss(adapted.model(**inputs).logits, labels)
+    assert losses.shape == (len(part),), "a loss an example, or examples are coupled"
+    return losses
