@@ -10,7 +10,23 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "fedpeft"
 
 LAYERS = [
-    {"errors", "records", "arrays", "seeds", "lookup", "units", "environment", "yaml_file", "quiet", "products", "intervals"},
+    {
+        "errors",
+        "records",
+        "arrays",
+        "seeds",
+        "lookup",
+        "units",
+        "environment",
+        "yaml_file",
+        "quiet",
+        "products",
+        "intervals",
+        "keys",
+        "durable",
+        "health",
+        "addresses",
+    },
     {"config", "flower_private", "wire", "screen", "runs", "curves", "page", "report", "strategies", "data", "listing"},
     {"base", "adapters", "tasks", "training"},
     {"client", "server"},
@@ -18,7 +34,7 @@ LAYERS = [
     {"cli", "__main__", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-FLOWER = {"flower_strategy.py", "flower_private.py", "wire.py", "exchange.py", "rounds.py", "grid.py"}
+FLOWER = {"flower_strategy.py", "flower_private.py", "wire.py", "exchange.py", "rounds.py", "grid.py", "roster.py", "resident.py"}
 
 
 def modules():

@@ -9,10 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.curves import curves
-from fedpeft.data import partitions
-from fedpeft.data.corpus import Corpus
-from fedpeft.data.partitions import Partition
-from fedpeft.data.partitions.picture import draw
 from fedpeft.records import Arrays
 from fedpeft.report import write_report
 from fedpeft.runs import read_run
@@ -25,21 +21,16 @@ if TYPE_CHECKING:
 VERSIONED = ("fedpeft", "flwr", "torch", "transformers", "peft", "numpy")
 
 
-def end(
-    federation: Federation, outcome: Outcome, adapted: Adapted, corpus: Corpus, partition: Partition, folder: RunFolder
-) -> dict[str, Any]:
-    """Write adapter, summary, pictures and report; the summary."""
+def end(federation: Federation, outcome: Outcome, adapted: Adapted, labels: Sequence[str], folder: RunFolder) -> dict[str, Any]:
+    """Write adapter, summary, curves and report; the summary."""
     reported = federation.reported(outcome.arrays)
     adapted.write(reported)
     adapted.save(folder.adapter)
     for client, memory in personal(federation).items():
         adapted.write({**reported, **memory})
         adapted.save(folder.personal(client))
-    summary = summarise(federation, outcome, adapted, corpus.train.label_names)
+    summary = summarise(federation, outcome, adapted, labels)
     folder.write_summary(summary)
-    if corpus.train.labels is not None:
-        counts = partitions.label_counts(partition, corpus.train)
-        draw(counts, corpus.train.label_names, partition.names, folder.path / "partition.png")
     run = read_run(folder.path)
     curves(run, folder.path / "curves.png")
     write_report([run], folder.path)

@@ -12,8 +12,6 @@ from flwr.serverapp import Grid
 from fedpeft import flower_private, wire
 from fedpeft.records import Assignment
 
-POLL_SECONDS = 0.2  # Flower's own grid polls every 3 s
-
 
 @dataclass(frozen=True)
 class Reply:
@@ -41,7 +39,8 @@ def exchange(grid: Grid, assignments: Sequence[Assignment], roster: dict[int, in
     messages = [wire.assignment_to_message(assignment, base, roster[assignment.client]) for assignment in assignments]
     bytes_down = sum(len(flower_private.to_bytes(message)) for message in messages)
     ends = time.monotonic() + timeout
-    by_id = dict(zip(grid.push_messages(messages), assignments, strict=True))
+    pushed = zip(grid.push_messages(messages), assignments, strict=True)
+    by_id = {message_id: assignment for message_id, assignment in pushed if message_id}  # a node that has left takes no message
     arrived: dict[int, Message] = {}
     pending = set(by_id)
     while pending:
@@ -52,6 +51,6 @@ def exchange(grid: Grid, assignments: Sequence[Assignment], roster: dict[int, in
         if pending and time.monotonic() >= ends:
             break
         if pending:
-            time.sleep(POLL_SECONDS)
+            time.sleep(wire.POLL_SECONDS)
     replies = [Reply(asked, arrived.get(asked.client)) for asked in sorted(assignments, key=lambda asked: asked.client)]
     return Exchange(replies, bytes_down, sum(len(flower_private.to_bytes(message)) for message in arrived.values()))

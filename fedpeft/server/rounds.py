@@ -114,6 +114,8 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
         traffic, federation, lambda client: federation.strategy.uploads(federation.trained, federation.at(round, client)), received
     )
     outcome.seen |= {update.client: round - 1 for update in judged.accepted}
+    for failure in judged.failed:  # it may have lost what it was sent: the next time it is sent everything
+        outcome.seen.pop(failure.client, None)
     question = federation.strategy.second(judged.accepted, at) if len(judged.accepted) >= federation.fewest else {}
     if question:
         traffic, judged = _ask_again(federation, grid, roster, question, traffic, judged, at)
@@ -154,7 +156,7 @@ def _wait_for(federation: Federation) -> dict[int, int]:
         if time.monotonic() > ends:
             waited, wanted = f"{settings.round_timeout:.0f} s", settings.min_available_nodes
             raise RunStopped(f"{len(roster)} clients after {waited}, strategy.min_available_nodes is {wanted}")
-        time.sleep(0.2)
+        time.sleep(wire.POLL_SECONDS)
     return roster
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from fedpeft.arrays import weighted_mean
 from fedpeft.config import Config
+from fedpeft.data import partitions
+from fedpeft.data.partitions.picture import draw
 from fedpeft.errors import Problem, UserError
 from fedpeft.lookup import find
 from fedpeft.quiet import quiet_libraries
@@ -63,7 +65,8 @@ def simulate(config: Config, out: str | pathlib.Path | None = None, resume: bool
         grid = find("simulation", config.simulation.engine)(parts.worker)
         federation = _federation(config, parts, lambda: grid.roster)
         outcome = rounds.run(federation, grid, folder, screen)
-        summary = end(federation, outcome, parts.adapted, parts.split.corpus, parts.split.partition, folder)
+        _draw(parts, folder)
+        summary = end(federation, outcome, parts.adapted, parts.split.corpus.train.label_names, folder)
     screen.finished(summary, folder.path)
     return RunResult(summary, folder.path, outcome.arrays)
 
@@ -85,6 +88,12 @@ def _facts(parts: Parts, folder: RunFolder) -> dict[str, Any]:
         "primary_metric": parts.task.primary_metric,
         "out": str(folder.path),
     }
+
+
+def _draw(parts: Parts, folder: RunFolder) -> None:
+    train, partition = parts.split.corpus.train, parts.split.partition
+    if train.labels is not None:
+        draw(partitions.label_counts(partition, train), train.label_names, partition.names, folder.path / "partition.png")
 
 
 def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int]]) -> Federation:

@@ -1,0 +1,196 @@
+"""`serve`: a federation of real clients, from a config to a run folder. The round loop is the one of every simulation.
+
+RUN/superlink/   Flower's SuperLink: its database and log; `run` names this run to the clients, for good
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedpeft import durable, flower_private
+from fedpeft.addresses import parsed
+from fedpeft.config import Config
+from fedpeft.data import corpus
+from fedpeft.data.encoded import Encoded, digest
+from fedpeft.data.examples import Examples
+from fedpeft.errors import Problems
+from fedpeft.flower_private import Link
+from fedpeft.health import Health
+from fedpeft.keys import Listed, listed, read
+from fedpeft.lookup import find
+from fedpeft.quiet import quiet_libraries
+from fedpeft.records import Arrays, Metrics
+from fedpeft.screen import Screen
+from fedpeft.server import rounds, sampling
+from fedpeft.server.ending import end
+from fedpeft.server.federation import Federation, Outcome, Survey
+from fedpeft.server.roster import Roster, task
+from fedpeft.server.run_folder import RunFolder
+from fedpeft.server.superlink import SuperLink
+from fedpeft.training import prepare
+from fedpeft.training.evaluate import evaluate
+from fedpeft.training.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a server listens, and with what it proves who it is."""
+
+    address: str  # HOST:PORT, for the clients
+    keys: pathlib.Path  # as `fedpeft keys` made it
+    insecure: bool = False  # no TLS; clients are still told apart by their keys, but nothing stops who reads along
+    health: str | None = None  # HOST:PORT of a health endpoint
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The server's own half of a federation, loaded."""
+
+    ready: Prepared
+    test: Encoded
+    label_names: tuple[str, ...]
+    clients: list[Listed]
+    ranks: dict[int, int]
+
+
+def serve(config: Config, site: Site, out: pathlib.Path, resume: bool, screen: Screen) -> dict[str, Any]:
+    """Run the federation of `config` with the clients that come to `site`; the summary. Raises UserError and RunStopped."""
+    folder = RunFolder(out)
+    if resume:
+        folder.reopen(config)
+    with quiet_libraries():
+        parts = _assemble(config, site, None if resume else folder)
+        if not resume:
+            folder.create(config)
+        if site.insecure:
+            screen.note("INSECURE: --insecure was given; nothing is encrypted, and whoever is on the way can read and change it")
+        certificates = None if site.insecure else read(site.keys / "ca.crt")
+        place = out / "superlink"
+        with Health(site.health) as health, SuperLink(place, site.address, None if site.insecure else site.keys, screen.note) as superlink:
+            link = Link(superlink.http_address, certificates)
+            if not site.insecure:
+                _let_in(link, parts.clients)
+            screen.started(config, _facts(parts, folder))
+            screen.note(f"waiting at {site.address} for {config.strategy.min_available_nodes} of {len(parts.clients)} clients")
+            while True:
+                try:
+                    with link.run() as grid:
+                        roster = Roster(link, grid, parts.clients, _task(config, parts, place), screen)
+                        health.says = functools.partial(_state, roster, folder)
+                        return _play(config, parts, roster, folder, screen)
+                except flower_private.RunOver as lost:
+                    screen.note(f"{lost}; going on after the last whole round")
+
+
+def _play(config: Config, parts: Parts, roster: Roster, folder: RunFolder, screen: Screen) -> dict[str, Any]:
+    federation = _federation(config, parts, roster)
+    outcome: Outcome = rounds.run(federation, roster.grid, folder, screen)
+    summary = end(federation, outcome, parts.ready.adapted, parts.label_names, folder)
+    roster.dismiss(summary)
+    screen.finished(summary, folder.path)
+    return summary
+
+
+def _assemble(config: Config, site: Site, fresh: RunFolder | None) -> Parts:
+    """Load test data, model and adapter, after every problem of the input was looked for."""
+    task_of, problems = find("task", config.model.task)(), Problems()
+    clients: list[Listed] = []
+    test: Examples | None = None
+    for address, where in ((site.address, "--address"), (site.health, "--health")):
+        with problems.gather():
+            if address is not None:
+                parsed(address, where)
+    with problems.gather():
+        clients = listed(site.keys)
+        if not site.insecure:
+            for name in ("ca.crt", "server.crt", "server.key"):
+                read(site.keys / name)
+    if fresh is not None:
+        with problems.gather():
+            fresh.check_free()
+    with problems.gather():
+        test = corpus.held_by_server(config.data, task_of.roles(config.data.columns), config.seed)
+    labels = test.label_names if test else ("", "")
+    prepare.check(config, len(labels), problems)
+    here = [one for one in clients if not one.revoked]
+    if clients:
+        sampling.check(config, config.strategy.build(), len(here), problems)
+    if config.strategy.build().personal:
+        got = f"{config.strategy.name} leaves a part of every model at its client, so that the server has none to evaluate or to write"
+        problems.add("strategy.name", got, do="take another strategy; simulate runs this one")
+    problems.raise_if_any()
+    assert test is not None
+    ready = prepare.prepare(config, len(labels))
+    ranks = config.adapter.build().ranks([one.name for one in clients], config.seed)
+    encoded = task_of.encode(test, ready.adapted.base.tokenizer, config.data.max_length)
+    return Parts(ready, encoded, labels, clients, {clients[place].client: rank for place, rank in ranks.items()})
+
+
+def _let_in(link: Link, clients: Sequence[Listed]) -> None:
+    """Register the keys that may take part with the SuperLink, and shut out all others."""
+    wanted = {flower_private.public_key_bytes(one.key): one.name for one in clients if not one.revoked}
+    there = {facts.public_key: facts.node for facts in link.nodes()}
+    for key in there.keys() - wanted.keys():
+        link.unregister(there[key])
+    for key, name in wanted.items():
+        if key not in there:
+            link.register(key, name)
+
+
+def _task(config: Config, parts: Parts, place: pathlib.Path) -> Arrays:
+    """What the clients are told, under the name that this run keeps when it is resumed."""
+    name = place / "run"
+    if not name.exists():
+        durable.replace(name, uuid.uuid4().hex.encode())
+    return task(config, name.read_text(), parts.label_names, len([one for one in parts.clients if not one.revoked]))
+
+
+def _federation(config: Config, parts: Parts, roster: Roster) -> Federation:
+    adapted, strategy = parts.ready.adapted, parts.ready.strategy
+    layout, drawn = adapted.layout(), adapted.read()
+    surveys = [
+        Survey(action, survey.expects(layout), functools.partial(survey.finish, layout=layout))
+        for action, survey in parts.ready.surveys.items()
+    ]
+
+    def measure(arrays: Arrays) -> Metrics:
+        return evaluate(adapted, parts.ready.task, arrays, parts.test, config.training.per_device_eval_batch_size)
+
+    return Federation(
+        config=config,
+        strategy=strategy,
+        base=adapted.base.fingerprint,
+        data=digest([parts.test]),
+        layout=layout,
+        arrays={**drawn, **strategy.extras({name: drawn[name] for name in adapted.trained})},
+        trained=adapted.trained,
+        evaluate=measure,
+        primary_metric=parts.ready.task.primary_metric,
+        roster=roster,
+        clients=len([one for one in parts.clients if not one.revoked]),
+        ranks=parts.ranks,
+        surveys=tuple(surveys),
+    )
+
+
+def _facts(parts: Parts, folder: RunFolder) -> dict[str, Any]:
+    return {
+        "clients": len(parts.clients),
+        "train_examples": None,
+        "test_examples": len(parts.test),
+        "trainable_parameters": parts.ready.adapted.trainable_parameters,
+        "base_parameters": parts.ready.adapted.base_parameters,
+        "primary_metric": parts.ready.task.primary_metric,
+        "out": str(folder.path),
+    }
+
+
+def _state(roster: Roster, folder: RunFolder) -> dict[str, Any]:
+    """What the health endpoint says."""
+    played = len(folder.rounds.read_bytes().splitlines()) - 1 if folder.rounds.is_file() else -1
+    return {"clients": [roster.names[client] for client in roster.present], "rounds_completed": max(played, 0), "started": played >= 0}

@@ -1,0 +1,143 @@
+"""Real processes on loopback: a server with its SuperLink, and clients with data of their own, over TLS and node keys."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+import yaml
+
+from fedpeft import Config
+from fedpeft.addresses import LOOPBACK, free_port
+from fedpeft.keys import make
+from fedpeft.simulations.assemble import deal
+
+NAMES = ("anna", "ben", "carla")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@dataclasses.dataclass
+class Process:
+    """A command of ours that runs, and what it has said so far."""
+
+    popen: subprocess.Popen
+    log: pathlib.Path
+
+    @property
+    def said(self):
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, text, seconds=60, times=1):
+        wait_until(lambda: self.said.count(text) >= times or self.popen.poll() is not None, seconds, lambda: f"{text!r} in:\n{self.said}")
+        assert self.said.count(text) >= times, f"it ended ({self.popen.returncode}) without {text!r}:\n{self.said}"
+
+    def end(self, seconds=120):
+        try:
+            return self.popen.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s:\n{self.said}") from None
+
+    def kill(self):
+        self.popen.send_signal(signal.SIGKILL)
+        self.popen.wait()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, said: Callable[[], str]) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, f"not within {seconds} s: {said()}"
+        time.sleep(0.05)
+
+
+class Deployment:
+    """One server's folder, three clients' folders, and the processes that were started."""
+
+    def __init__(self, folder: pathlib.Path, settings: dict, port: int | None = None):
+        self.folder = folder
+        self.run = folder / "run"
+        self.keys = folder / "keys"
+        self.port = port or free_port()
+        self.config = folder / "config.yaml"
+        self.processes: list[Process] = []
+        self.config.write_text(yaml.safe_dump(settings))
+        make(self.keys, ["localhost"], NAMES)
+        split = deal(Config.load(self.config))
+        for name, rows in zip(NAMES, split.partition.indices, strict=True):
+            self.write_data(name, split.corpus.train.take(rows), settings)
+
+    def write_data(self, name, examples, settings):
+        with (self.folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            writer.writerows(zip(examples.columns["text"], (examples.label_names[code] for code in examples.labels), strict=True))
+        own = {"data": {"name": str(self.folder / f"{name}.csv"), "labels": list(examples.label_names)}}
+        own["limits"] = {"models": [settings["model"]["name"]]}
+        (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(own))
+
+    def start(self, name, *arguments):
+        log = self.folder / f"{name}-{len(self.processes)}.log"
+        with log.open("w") as file:
+            popen = subprocess.Popen(
+                [sys.executable, "-m", "fedpeft", *map(str, arguments)],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **ENVIRONMENT},
+                cwd=self.folder,
+            )
+        self.processes.append(Process(popen, log))
+        return self.processes[-1]
+
+    def server(self, *more):
+        where = ["--address", f"{LOOPBACK}:{self.port}", "--keys", self.keys, "--out", self.run]
+        return self.start("server", "server", self.config, *where, *more)
+
+    def client(self, name, *more, port=None):
+        where = ["--server", f"{LOOPBACK}:{port or self.port}", "--keys", self.keys / name, "--data", self.folder / f"{name}.yaml"]
+        return self.start(name, "client", *where, *more)
+
+    def rounds(self):
+        file = self.run / "rounds.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def wait_for_round(self, number, seconds=120):
+        server = self.processes[0]
+        wait_until(lambda: len(self.rounds()) > number, seconds, lambda: server.said)
+
+    def summary(self):
+        return json.loads((self.run / "summary.json").read_text())
+
+    def close(self):
+        for process in self.processes:
+            if process.popen.poll() is None:
+                process.kill()
+
+
+@pytest.fixture
+def deploy(tmp_path):
+    """Make deployments, and leave no process behind."""
+    made = []
+
+    def deploy(settings, name="deployment"):
+        (tmp_path / name).mkdir()
+        made.append(Deployment(tmp_path / name, settings))
+        return made[-1]
+
+    yield deploy
+    for deployment in made:
+        deployment.close()
+
+
+@pytest.fixture
+def three(tiny_settings):
+    """The tiny run with three clients, all of which must be there."""
+    settings = {**tiny_settings, "partition": {**tiny_settings["partition"], "clients": 3}}
+    return {**settings, "strategy": {"num_rounds": 3, "min_available_nodes": 3, "round_timeout": 60}}
