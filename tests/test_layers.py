@@ -27,14 +27,40 @@ LAYERS = [
         "health",
         "addresses",
     },
-    {"config", "flower_private", "wire", "screen", "runs", "curves", "page", "report", "strategies", "data", "listing"},
+    {
+        "config",
+        "flower_private",
+        "flower_fleet",
+        "flower_link",
+        "wire",
+        "screen",
+        "runs",
+        "curves",
+        "page",
+        "report",
+        "strategies",
+        "data",
+        "listing",
+    },
     {"base", "adapters", "tasks", "training"},
     {"client", "server"},
     {"simulations"},
     {"cli", "__main__", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-FLOWER = {"flower_strategy.py", "flower_private.py", "wire.py", "exchange.py", "rounds.py", "grid.py", "roster.py", "resident.py"}
+FLOWER = {
+    "flower_strategy.py",
+    "flower_private.py",
+    "flower_fleet.py",
+    "flower_link.py",
+    "wire.py",
+    "exchange.py",
+    "rounds.py",
+    "grid.py",
+    "roster.py",
+    "resident.py",
+    "participation.py",
+}
 
 
 def modules():

@@ -1,7 +1,7 @@
 """What a real client remembers, on its own disk: it can be killed at any moment and goes on as if nothing had happened.
 
     STATE/node                         its Flower node, under which it goes on after a kill
-    STATE/inbox                        the message that it is working on
+    STATE/inbox  STATE/outbox          the message that it is working on, and the reply until it has arrived
     STATE/RUN/task.json                the task it agreed to
     STATE/RUN/round-00003.safetensors  what the strategy remembers and what was sent but once, after its part in round 3
     STATE/RUN/sent.jsonl               a line for everything that has left this machine
@@ -63,18 +63,19 @@ class Folder:
     def node(self, node: int) -> None:
         durable.replace(self.path / "node", str(node).encode())
 
-    @property
-    def inbox(self) -> bytes | None:
-        """The message that was being worked on."""
-        path = self.path / "inbox"
+    def read(self, box: str) -> bytes | None:
+        """The message in "inbox" or "outbox"."""
+        path = self.path / box
         return path.read_bytes() if path.is_file() else None
 
-    @inbox.setter
-    def inbox(self, message: bytes | None) -> None:
-        if message is None:
-            (self.path / "inbox").unlink(missing_ok=True)
-        else:
-            durable.replace(self.path / "inbox", message)
+    def put(self, box: str, message: bytes) -> None:
+        """Keep a message, whatever happens next."""
+        durable.replace(self.path / box, message)
+
+    def empty(self) -> None:
+        """The reply has arrived, or nobody wants it any more."""
+        for box in ("inbox", "outbox"):
+            (self.path / box).unlink(missing_ok=True)
 
     def newest_task(self) -> bytes | None:
         """The task that was agreed to last."""

@@ -1,6 +1,6 @@
 """`take_part`: a client's life. Connect, answer, and connect again, until the run is over or a person stops it.
 
-The connection is Flower's (flower_private.Fleet), in this process, beside the model. A message is on disk before it is
+The connection is Flower's (flower_fleet.Fleet), in this process, beside the model. A message is on disk before it is
 worked on and until its reply has arrived, so that nothing is lost by a kill; doing it again gives the same answer.
 Ctrl-C (or SIGTERM) once: finish what is being done, send it, leave. Twice: leave at once; the work is taken up next time.
 """
@@ -16,17 +16,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from flwr.app import Message
+
 from fedpeft import flower_private, keys, wire
 from fedpeft.addresses import joined, parsed
 from fedpeft.client.memory import Folder
 from fedpeft.client.own_file import OwnFile, load
 from fedpeft.client.resident import Resident
 from fedpeft.errors import Problem, Problems, RunStopped, UserError
-from fedpeft.flower_private import Disconnected, Fleet, Refused, RunOver
+from fedpeft.flower_fleet import HEARTBEAT_SECONDS, Fleet
+from fedpeft.flower_private import Disconnected, Refused, RunOver
 from fedpeft.health import Health
 from fedpeft.screen import Screen
 
 AGAIN_SECONDS = (1.0, 15.0)  # between attempts to connect: at first, at most
+REFUSED_SECONDS = 15.0  # a SuperLink that has just started knows no keys for a moment
 LAST_SECONDS = 1.0  # for the server to fetch a reply from its SuperLink, before this client says goodbye to that
 
 
@@ -87,7 +91,7 @@ def take_part(place: Place, data: pathlib.Path, screen: Screen) -> None:
         screen.note("INSECURE: --insecure was given; nothing is encrypted, and whoever is on the way can read and change it")
     address, stop = joined(*parsed(place.server, "--server")), Stop(screen)
     resident = Resident(own, Folder(place.state), screen)
-    connected = False
+    connected = False  # now, and with success
     with stop.listening(), Health(place.health) as health:
         health.says = lambda: {"connected": connected, "client": resident.client}
         resident.recall()
@@ -95,7 +99,8 @@ def take_part(place: Place, data: pathlib.Path, screen: Screen) -> None:
         while resident.over is None and not stop.wanted.is_set():
             fleet = Fleet(address, certificates, key)
             try:
-                resident.folder.node = fleet.activate(register=place.insecure, known=resident.folder.node)
+                idle = resident.folder.read("inbox") is None
+                resident.folder.node = fleet.activate(register=place.insecure, known=resident.folder.node, idle=idle)
                 screen.note(f"connected to {address}")
                 connected, pause = True, AGAIN_SECONDS[0]
                 with _beating(fleet):
@@ -112,6 +117,10 @@ def take_part(place: Place, data: pathlib.Path, screen: Screen) -> None:
                 stop.wanted.wait(pause)
                 pause = min(2 * pause, AGAIN_SECONDS[1])
             except Refused as error:
+                fleet.close()
+                if not connected and time.monotonic() - last < REFUSED_SECONDS:
+                    stop.wanted.wait(AGAIN_SECONDS[0])
+                    continue
                 do = "is this key in the server's clients.yaml, and is --insecure given on both sides or on neither?"
                 raise UserError(Problem("--server", f"{address} refuses this client ({error})", do=do)) from error
     if resident.over is not None:
@@ -120,23 +129,34 @@ def take_part(place: Place, data: pathlib.Path, screen: Screen) -> None:
 
 def _answer_all(fleet: Fleet, resident: Resident, stop: Stop) -> None:
     """Answer what comes, until the run is over or a stop is asked for."""
+    folder = resident.folder
     while True:
-        message = None if resident.folder.inbox is None else flower_private.from_bytes(resident.folder.inbox)
         try:
-            if message is None:
+            if (asked := folder.read("inbox")) is None:
                 if resident.over is not None or stop.wanted.is_set():
                     return
                 if (message := fleet.receive()) is None:
                     stop.wanted.wait(wire.POLL_SECONDS)
                     continue
-                resident.folder.inbox = flower_private.to_bytes(message)
+                asked = flower_private.to_bytes(message)
+                folder.put("inbox", asked)
                 fleet.confirm(message)
-            fleet.send(resident.answer(message))
+            fleet.send(_reply(flower_private.from_bytes(asked), resident))
         except RunOver:
             resident.screen.note("the server has gone on without this answer")
-        resident.folder.inbox = None
+        folder.empty()
         if stop.wanted.is_set() or resident.over is not None:
             time.sleep(LAST_SECONDS)
+
+
+def _reply(asked: Message, resident: Resident) -> Message:
+    """The answer to a message. One that was on its way when this client was killed is the same to the letter: to the SuperLink
+    another answer to the same message would be a second one."""
+    kept = resident.folder.read("outbox")
+    if kept is None or flower_private.from_bytes(kept).metadata.reply_to_message_id != asked.metadata.message_id:
+        kept = flower_private.to_bytes(resident.answer(asked))
+        resident.folder.put("outbox", kept)
+    return flower_private.from_bytes(kept)
 
 
 @contextmanager
@@ -145,7 +165,7 @@ def _beating(fleet: Fleet) -> Iterator[None]:
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(flower_private.HEARTBEAT_SECONDS / 2):
+        while not done.wait(HEARTBEAT_SECONDS / 2):
             try:
                 fleet.beat()
             except (Disconnected, Refused, RunOver):

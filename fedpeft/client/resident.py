@@ -69,10 +69,13 @@ class Resident:
         return Update(0, assignment.client, {}, len(self._worker.nodes[self.client].train))
 
     def recall(self) -> None:
-        """After a restart: load the task that was agreed to before, so that work at hand can go on. Raises UserError."""
+        """After a restart: load the task that was agreed to before, so that work at hand can go on."""
         if task := self.folder.newest_task():
             kept = json.loads(task)
-            self._load(kept["client"], kept["task"].encode())
+            try:
+                self._load(kept["client"], kept["task"].encode())
+            except UserError as error:
+                self.screen.note(f"the task of before is not taken up again: {error}")
 
     def _load(self, client: int, task: bytes) -> None:
         if self._worker is not None and (client, task) == (self.client, self._task):

@@ -6,20 +6,22 @@ RUN/superlink/   Flower's SuperLink: its database and log; `run` names this run 
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedpeft import durable, flower_private
+from fedpeft import durable
 from fedpeft.addresses import parsed
 from fedpeft.config import Config
 from fedpeft.data import corpus
 from fedpeft.data.encoded import Encoded, digest
 from fedpeft.data.examples import Examples
 from fedpeft.errors import Problems
-from fedpeft.flower_private import Link
+from fedpeft.flower_link import Link, public_key_bytes
+from fedpeft.flower_private import RunOver
 from fedpeft.health import Health
 from fedpeft.keys import Listed, listed, read
 from fedpeft.lookup import find
@@ -35,6 +37,8 @@ from fedpeft.server.superlink import SuperLink
 from fedpeft.training import prepare
 from fedpeft.training.evaluate import evaluate
 from fedpeft.training.prepare import Prepared
+
+MANIFEST_BYTES = 2**24  # for names, shapes and metrics
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,11 @@ def serve(config: Config, site: Site, out: pathlib.Path, resume: bool, screen: S
             screen.note(f"waiting at {site.address} for {config.strategy.min_available_nodes} of {len(parts.clients)} clients")
             while True:
                 try:
-                    with link.run() as grid:
+                    with link.run(_largest_reply(parts)) as grid:
                         roster = Roster(link, grid, parts.clients, _task(config, parts, place), screen)
                         health.says = functools.partial(_state, roster, folder)
                         return _play(config, parts, roster, folder, screen)
-                except flower_private.RunOver as lost:
+                except RunOver as lost:
                     screen.note(f"{lost}; going on after the last whole round")
 
 
@@ -133,7 +137,7 @@ def _assemble(config: Config, site: Site, fresh: RunFolder | None) -> Parts:
 
 def _let_in(link: Link, clients: Sequence[Listed]) -> None:
     """Register the keys that may take part with the SuperLink, and shut out all others."""
-    wanted = {flower_private.public_key_bytes(one.key): one.name for one in clients if not one.revoked}
+    wanted = {public_key_bytes(one.key): one.name for one in clients if not one.revoked}
     there = {facts.public_key: facts.node for facts in link.nodes()}
     for key in there.keys() - wanted.keys():
         link.unregister(there[key])
@@ -176,6 +180,14 @@ def _federation(config: Config, parts: Parts, roster: Roster) -> Federation:
         ranks=parts.ranks,
         surveys=tuple(surveys),
     )
+
+
+def _largest_reply(parts: Parts) -> int:
+    """Bytes that no honest reply exceeds: what a survey asks for, or four times the adapter and head (sketches, control variates)."""
+    adapter = sum(int(array.nbytes) for array in parts.ready.adapted.read().values())
+    surveys = [survey.expects(parts.ready.adapted.layout()) for survey in parts.ready.surveys.values()]
+    asked = [sum(8 * int(math.prod(spec.shape)) for spec in specs.values()) for specs in surveys]
+    return max(4 * adapter, *asked, 0) + MANIFEST_BYTES
 
 
 def _facts(parts: Parts, folder: RunFolder) -> dict[str, Any]:

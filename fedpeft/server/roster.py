@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from flwr.serverapp import Grid
 
-from fedpeft import flower_private, wire
+from fedpeft import wire
 from fedpeft.config import Config
-from fedpeft.flower_private import Link
+from fedpeft.flower_link import Link, public_key_bytes
 from fedpeft.keys import Listed
 from fedpeft.records import Arrays, Assignment, Update
 from fedpeft.screen import Screen
@@ -55,7 +55,7 @@ class Roster:
         self.task = task
         self.screen = screen
         self.present: list[int] = []  # as last seen, for who only looks
-        self._clients = {flower_private.public_key_bytes(one.key): one.client for one in listed if not one.revoked}
+        self._clients = {public_key_bytes(one.key): one.client for one in listed if not one.revoked}
         self._asked: dict[int, Visit] = {}  # client -> the visit in which it was asked to join
         self._agreed: dict[int, Visit] = {}
         self._pending: dict[str, int] = {}  # message -> client

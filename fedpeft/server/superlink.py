@@ -1,6 +1,6 @@
 """Flower's SuperLink as a process of ours: only the Fleet API can be reached from outside, everything else is on loopback.
 
-    clients -- gRPC, TLS, node keys --> Fleet API of the SuperLink <-- loopback -- this process (flower_private.Link, rounds.py)
+    clients -- gRPC, TLS, node keys --> Fleet API of the SuperLink <-- loopback -- this process (flower_link.Link, rounds.py)
 
 It keeps its state in a database, so that it can be killed at any moment: it is started again with the same state, and no
 reply that had arrived is lost. It ends when this process does, however that ends: it reads a pipe that nobody writes to.
@@ -148,7 +148,7 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    from fedpeft import flower_private
+    from fedpeft import flower_link
 
     threading.Thread(target=_end_with, args=(sys.stdin.fileno(),), daemon=True).start()
-    flower_private.superlink()
+    flower_link.superlink()

@@ -22,6 +22,7 @@ from fedpeft.keys import make
 from fedpeft.simulations.assemble import deal
 
 NAMES = ("anna", "ben", "carla")
+DYING = str(pathlib.Path(__file__).parent / "dying.py")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -83,11 +84,12 @@ class Deployment:
         own["limits"] = {"models": [settings["model"]["name"]]}
         (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(own))
 
-    def start(self, name, *arguments):
+    def start(self, name, *arguments, dying=()):
         log = self.folder / f"{name}-{len(self.processes)}.log"
+        program = [DYING, self.died(name), ",".join(dying)] if dying else ["-m", "fedpeft"]
         with log.open("w") as file:
             popen = subprocess.Popen(
-                [sys.executable, "-m", "fedpeft", *map(str, arguments)],
+                [sys.executable, *program, *map(str, arguments)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **ENVIRONMENT},
@@ -96,13 +98,21 @@ class Deployment:
         self.processes.append(Process(popen, log))
         return self.processes[-1]
 
-    def server(self, *more):
-        where = ["--address", f"{LOOPBACK}:{self.port}", "--keys", self.keys, "--out", self.run]
-        return self.start("server", "server", self.config, *where, *more)
+    def died(self, name):
+        (self.folder / f"{name}-deaths").mkdir(exist_ok=True)
+        return self.folder / f"{name}-deaths"
 
-    def client(self, name, *more, port=None):
+    def server(self, *more, dying=()):
+        where = ["--address", f"{LOOPBACK}:{self.port}", "--keys", self.keys, "--out", self.run]
+        return self.start("server", "server", self.config, *where, *more, dying=dying)
+
+    def client(self, name, *more, port=None, dying=()):
         where = ["--server", f"{LOOPBACK}:{port or self.port}", "--keys", self.keys / name, "--data", self.folder / f"{name}.yaml"]
-        return self.start(name, "client", *where, *more)
+        return self.start(name, "client", *where, *more, dying=dying)
+
+    def resume(self, dying=()):
+        where = ["--address", f"{LOOPBACK}:{self.port}", "--keys", self.keys, "--out", self.run]
+        return self.start("server", "server", *where, "--resume", dying=dying)
 
     def rounds(self):
         file = self.run / "rounds.jsonl"
