@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from fedpeft.flower_private import RunOver, take_identity
 
 ACQUIRE_SECONDS = 0.1  # between two looks for the run that was just started
-UNAVAILABLE = 3  # Flower's error code for a message that cannot be had
+REFUSED, UNAVAILABLE = 2, 3  # Flower's error codes for a client that did wrong, and for a message that cannot be had
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _grid_class() -> Any:
                 request = message_pb2.PullObjectRequest(node=self.node, run_id=head.metadata.run_id, object_id=object_id)
                 answer = self._runtime_client.PullObject(request)
                 if not answer.object_found:
-                    return self._lost(head, "the upload was broken off")
+                    return self._lost(head, "the upload was broken off", UNAVAILABLE)
                 if not answer.object_available:
                     return None
                 parts[object_id] = answer.object_content
@@ -180,9 +180,9 @@ def _grid_class() -> Any:
             message.metadata.__dict__["_message_id"] = message_id
             return message
 
-        def _lost(self, head: Any, reason: str) -> Message:
+        def _lost(self, head: Any, reason: str, code: int = REFUSED) -> Message:
             metadata = Metadata(head.metadata.run_id, "", 1, 1, head.metadata.reply_to_message_id, "", 0.0, 0.0, "system")
-            return make_message(metadata=metadata, error=Error(UNAVAILABLE, reason))
+            return make_message(metadata=metadata, error=Error(code, reason))
 
     return PatientGrid
 

@@ -88,7 +88,7 @@ def _before_training(federation: Federation, grid: Grid, outcome: Outcome) -> Ro
     for survey in federation.surveys:
         roster = _wait_for(federation)
         asked = assign(federation, survey.action, sorted(roster), outcome, 0)
-        answered = exchange(grid, asked.assignments, roster, federation.base, federation.config.strategy.round_timeout)
+        answered = exchange(grid, asked.assignments, roster, federation.base, federation.config.strategy.round_timeout, federation.roster)
         judged = judge(answered, federation, lambda client, survey=survey: survey.expects)  # type: ignore[misc]
         if not judged.accepted:
             reasons = "; ".join(sorted({failure.reason for failure in judged.failed}))
@@ -109,7 +109,7 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     clients = sampling.choose(list(roster), settings.fraction_train, settings.min_train_nodes, federation.config.seed, round)
     received, at = outcome.arrays, federation.at(round)
     asked = assign(federation, wire.TRAIN, clients, outcome, round)
-    traffic = exchange(grid, asked.assignments, roster, federation.base, settings.round_timeout)
+    traffic = exchange(grid, asked.assignments, roster, federation.base, settings.round_timeout, federation.roster)
     judged = judge(
         traffic, federation, lambda client: federation.strategy.uploads(federation.trained, federation.at(round, client)), received
     )
@@ -142,7 +142,7 @@ def _ask_again(
     """The second question of a round, to those whose first answer was accepted; both answers become one update."""
     first = {update.client: update for update in judged.accepted}
     asked = [Assignment(wire.SECOND, at.number, client, question) for client in first]
-    answered = exchange(grid, asked, roster, federation.base, federation.config.strategy.round_timeout)
+    answered = exchange(grid, asked, roster, federation.base, federation.config.strategy.round_timeout, federation.roster)
     again = judge(answered, federation, lambda client: federation.strategy.answers(federation.at(at.number, client)))
     both = [replace(first[update.client], arrays={**first[update.client].arrays, **update.arrays}) for update in again.accepted]
     return traffic.after(answered), Judged(both, judged.failed + again.failed, judged.norms)
