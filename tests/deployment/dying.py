@@ -71,12 +71,12 @@ def server():
     exchange, write, apply, wait = rounds.exchange, durable.write, Strategy.apply, rounds._wait_for
     now = [0]
 
-    def dying_exchange(grid, assignments, roster, base, timeout):
+    def dying_exchange(grid, assignments, *more):
         now[0] = assignments[0].round
         pull = grid.pull_messages
         grid.pull_messages = lambda ids: (die("asking", now[0]), pull(ids))[1]
         try:
-            return exchange(grid, assignments, roster, base, timeout)
+            return exchange(grid, assignments, *more)
         finally:
             grid.pull_messages = pull
 
