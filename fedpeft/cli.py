@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -134,6 +135,7 @@ def server(given: argparse.Namespace) -> None:
     from fedpeft.screen import choose
     from fedpeft.server.run_folder import RunFolder
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the SuperLink is ended in order
     path, overrides = _config_and_overrides(given.config)
     out = pathlib.Path(given.out)
     if given.resume and path is None:
@@ -226,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     made["server"].add_argument("--address", required=True, metavar="HOST:PORT", help="where clients connect")
     made["server"].add_argument("--keys", required=True, metavar="DIR", help="the folder that fedpeft keys made")
     made["server"].add_argument("--out", required=True, metavar="DIR", help="the run folder")
-    made["server"].add_argument("--resume", action="store_true", help="continue the run in --out after its last whole round")
+    made["server"].add_argument("--resume", action="store_true", help="continue the run in --out; start it where there is none yet")
     made["client"].add_argument("--server", required=True, metavar="HOST:PORT", help="where the server is")
     made["client"].add_argument("--keys", required=True, metavar="DIR/NAME", help="this client's own folder, as fedpeft keys made it")
     made["client"].add_argument(

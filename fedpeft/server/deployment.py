@@ -63,8 +63,12 @@ class Parts:
 
 
 def serve(config: Config, site: Site, out: pathlib.Path, resume: bool, screen: Screen) -> dict[str, Any]:
-    """Run the federation of `config` with the clients that come to `site`; the summary. Raises UserError and RunStopped."""
+    """Run the federation of `config` with the clients that come to `site`; the summary. Raises UserError and RunStopped.
+
+    With `resume` the run in `out` is continued, or started where there is none: a supervisor can use one command for both.
+    """
     folder = RunFolder(out)
+    resume = resume and folder.config.is_file()
     if resume:
         folder.reopen(config)
     with quiet_libraries():
