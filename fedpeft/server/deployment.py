@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 import math
 import pathlib
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedpeft import durable
+from fedpeft import durable, wire
 from fedpeft.addresses import parsed
 from fedpeft.config import Config
 from fedpeft.data import corpus
@@ -97,6 +98,8 @@ def serve(config: Config, site: Site, out: pathlib.Path, resume: bool, screen: S
 
 def _play(config: Config, parts: Parts, roster: Roster, folder: RunFolder, screen: Screen) -> dict[str, Any]:
     federation = _federation(config, parts, roster)
+    while len(roster()) < config.strategy.min_available_nodes:  # however long they take to come; later a round has its timeout
+        time.sleep(wire.POLL_SECONDS)
     outcome: Outcome = rounds.run(federation, roster.grid, folder, screen)
     summary = end(federation, outcome, parts.ready.adapted, parts.label_names, folder)
     roster.dismiss(summary)

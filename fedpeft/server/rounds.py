@@ -71,11 +71,13 @@ def _resumed(federation: Federation, folder: RunFolder) -> Outcome | None:
 def _finish_round(federation: Federation, outcome: Outcome, record: RoundRecord, folder: RunFolder, screen: Screen) -> None:
     """Record first, checkpoint second: a line without its checkpoint is dropped on resume, and the round is played again."""
     outcome.records.append(record)
-    folder.append(record)
-    checkpoint.write(
-        folder.checkpoint,
-        checkpoint.Checkpoint(record.round, outcome.arrays, outcome.state, federation.memories(), federation.base, federation.data),
-    )
+    whole = checkpoint.Checkpoint(record.round, outcome.arrays, outcome.state, federation.memories(), federation.base, federation.data)
+    try:
+        folder.append(record)
+        checkpoint.write(folder.checkpoint, whole)
+    except OSError as error:
+        do = "make room, and go on after the round before with --resume"
+        raise RunStopped(f"round {record.round} cannot be written to {folder.path} ({error.strerror}); {do}") from error
     for client, reason in record.rejected_clients.items():
         screen.note(f"round {record.round}: client {client} left out: {reason}")
     screen.round_done(record, federation.config.strategy.num_rounds)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -129,6 +132,63 @@ class Deployment:
         for process in self.processes:
             if process.popen.poll() is None:
                 process.kill()
+
+
+class Proxy:
+    """A network that can be cut: what connects to `port` is passed on, until it is not."""
+
+    def __init__(self, target):
+        self.target, self.up, self.stalled = target, True, False
+        self.pairs = []
+        self.listener = socket.create_server((LOOPBACK, 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                near, _ = self.listener.accept()
+            except OSError:
+                return
+            if not self.up:
+                near.close()
+                continue
+            far = socket.create_connection((LOOPBACK, self.target))
+            self.pairs.append((near, far))
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=self._pass, args=(source, sink), daemon=True).start()
+
+    def _pass(self, source, sink):
+        try:
+            while data := source.recv(65536):
+                while self.stalled:
+                    time.sleep(0.05)
+                sink.sendall(data)
+        except OSError:
+            pass
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self):
+        self.up = False
+        pairs, self.pairs = self.pairs, []
+        for end in [end for pair in pairs for end in pair]:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def heal(self):
+        self.up, self.stalled = True, False
+
+    def close(self):
+        self.heal()
+        self.cut()
+        self.listener.close()
+
+
+def superlink_of(server):
+    """The process id of a server's SuperLink."""
+    return int(pathlib.Path(f"/proc/{server.popen.pid}/task/{server.popen.pid}/children").read_text().split()[0])
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """`python dying.py FOLDER MOMENT,MOMENT... COMMAND...`: fedpeft, with a SIGKILL at each of these moments, once each.
 
-A moment is PLACE:ROUND. That it has come is noted in FOLDER before, so that the process that is started next lives through it.
+A moment is PLACE:ROUND. "slow-PLACE:ROUND" is no death but twelve seconds, "full-PLACE:ROUND" a disk without room. That it
+has come is noted in FOLDER before, so that the process that is started next lives through it.
 """
 
+import errno
 import os
 import pathlib
 import signal
@@ -20,25 +22,29 @@ def die(place, round):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def sleep(place, round):
-    """A moment "slow-PLACE:ROUND" is no death but 20 seconds."""
-    flag = folder / f"slept-{place}-{round}"
-    if f"slow-{place}:{round}" in moments and not flag.exists():
-        flag.write_text("")
-        time.sleep(20)
+def once(kind, place, round):
+    """Whether a moment of another kind has come, for the first time."""
+    flag = folder / f"{kind}-{place}-{round}"
+    if f"{kind}-{place}:{round}" not in moments or flag.exists():
+        return False
+    flag.write_text("")
+    return True
 
 
 def client():
     from fedpeft import flower_fleet, wire
     from fedpeft.training import one
 
+    if "HEARTBEAT_SECONDS" in os.environ:
+        flower_fleet.HEARTBEAT_SECONDS = float(os.environ["HEARTBEAT_SECONDS"])
     train, send, call, receive = one.train, flower_fleet.Fleet.send, flower_fleet.Fleet._call, flower_fleet.Fleet.receive
     sending = []
 
     def dying_train(adapted, task, config, jobs):
         for job in jobs:
             die("training", job.round)
-            sleep("training", job.round)
+            if once("slow", "training", job.round):
+                time.sleep(12)
         return train(adapted, task, config, jobs)
 
     def dying_send(self, reply):
@@ -88,6 +94,8 @@ def server():
         if path.name == "strategy.safetensors" and path.parent.name == f".round-{now[0]:05d}.new":
             path.write_bytes(data[: len(data) // 2])
             die("checkpoint", now[0])
+            if once("full", "checkpoint", now[0]):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, data)
 
     def dying_wait(federation):

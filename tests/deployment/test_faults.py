@@ -1,16 +1,22 @@
 """The fault matrix: real processes, real kills. What can come back goes on, and the run ends as if nothing had happened."""
 
 import functools
+import os
+import pathlib
 import signal
 import time
 
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from fedpeft import Config, simulate
+from fedpeft.addresses import LOOPBACK, free_port
 from fedpeft.arrays import digest
+from fedpeft.health import ask
+from fedpeft.keys import make
 
-from .conftest import NAMES
+from .conftest import NAMES, Proxy, superlink_of, wait_until
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -61,3 +67,132 @@ def test_everybody_dies_and_nothing_happened(stateful, deploy, tmp_path):
     simulate(Config.from_dict(stateful), tmp_path / "simulated")
     deployment = play(deploy(stateful), DEATHS)
     assert_nothing_happened(deployment, tmp_path / "simulated")
+
+
+@pytest.mark.slow
+def test_a_cut_network_and_a_killed_superlink_cost_nothing(three, deploy, tmp_path):
+    settings = {**three, "strategy": {**three["strategy"], "num_rounds": 8, "round_timeout": 120}}
+    simulate(Config.from_dict(settings), tmp_path / "simulated")
+    deployment = deploy(settings)
+    proxy = Proxy(deployment.port)
+    server = deployment.server()
+    clients = [deployment.client(name) for name in NAMES[:2]] + [deployment.client("carla", port=proxy.port)]
+    deployment.wait_for_round(1)
+    proxy.stalled = True
+    time.sleep(2)
+    proxy.cut()
+    time.sleep(4)
+    proxy.heal()
+    deployment.wait_for_round(3)
+    os.kill(superlink_of(server), signal.SIGKILL)
+    assert server.end(200) == 0, server.said
+    assert [client.end(30) for client in clients] == [0, 0, 0], [client.said for client in clients]
+    proxy.close()
+    assert "the SuperLink ended" in server.said
+    assert "is lost; trying again" in clients[2].said
+    assert_nothing_happened(deployment, tmp_path / "simulated")
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_server_with_a_reason_and_resume_goes_on(stateful, deploy, tmp_path):
+    simulate(Config.from_dict(stateful), tmp_path / "simulated")
+    deployment = deploy(stateful)
+    server = deployment.server(dying=["full-checkpoint:2"])
+    clients = [deployment.client(name) for name in NAMES]
+    assert server.end(200) == 1
+    assert "round 2 cannot be written" in server.said and "No space left on device" in server.said and "--resume" in server.said
+    again = deployment.resume()
+    assert again.end(200) == 0, again.said
+    assert [client.end(30) for client in clients] == [0, 0, 0]
+    assert_nothing_happened(deployment, tmp_path / "simulated")
+
+
+@pytest.mark.slow
+def test_a_client_that_is_too_slow_misses_its_rounds_and_comes_back(three, deploy):
+    deployment = deploy({**three, "strategy": {**three["strategy"], "num_rounds": 6, "round_timeout": 5}})
+    clients = [deployment.client("anna"), deployment.client("ben"), deployment.client("carla", dying=["slow-training:2"])]
+    server = deployment.server()
+    assert server.end(200) == 0, server.said
+    assert [client.end(30) for client in clients] == [0, 0, 0]
+    rounds = deployment.rounds()
+    assert rounds[2]["rejected_clients"] == {"2": "no answer in time"}
+    assert rounds[2]["accepted"] == 2
+    assert rounds[-1]["accepted"] == 3, rounds[-1]
+    assert [line["round"] for line in rounds] == list(range(7))
+
+
+@pytest.mark.slow
+def test_a_client_that_stays_away_costs_its_own_update(three, deploy, monkeypatch):
+    monkeypatch.setenv("HEARTBEAT_SECONDS", "10")
+    deployment = deploy({**three, "strategy": {**three["strategy"], "min_available_nodes": 2, "round_timeout": 100}})
+    clients = [deployment.client(name, dying=["training:2"] if name == "ben" else ["none"]) for name in NAMES]
+    for client in clients:
+        wait_until(lambda client=client: "Traceback" not in client.said, 1, lambda: "")
+    time.sleep(15)  # all three are there when the server comes, though it waits for two
+    server = deployment.server()
+    assert server.end(250) == 0, server.said
+    rounds = deployment.rounds()
+    assert rounds[2]["asked"] == 3 or rounds[1]["asked"] == 2
+    assert rounds[2]["accepted"] == 2 and rounds[3]["accepted"] == 2
+    if rounds[2]["asked"] == 3:
+        assert rounds[2]["rejected_clients"]["1"].startswith("client failed")
+
+
+@pytest.mark.slow
+def test_strangers_are_refused_with_one_line(three, deploy, tmp_path):
+    deployment = deploy(three)
+    make(deployment.keys, ["localhost"], ["dora", "emil"])
+    file = deployment.keys / "clients.yaml"
+    entries = yaml.safe_load(file.read_text())
+    entries["dora"]["revoked"] = True
+    del entries["emil"]
+    file.write_text(yaml.safe_dump(entries))
+    make(tmp_path / "other", ["localhost"], ["anna"])
+    for name in ("dora", "emil"):
+        (deployment.folder / f"{name}.yaml").write_text((deployment.folder / "anna.yaml").read_text())
+    server = deployment.server()
+    server.wait_for("waiting at", 90)
+    strangers = {name: deployment.client(name) for name in ("dora", "emil")}
+    where = ["--server", f"{LOOPBACK}:{deployment.port}", "--data", deployment.folder / "anna.yaml"]
+    strangers["other authority"] = deployment.start("other", "client", *where, "--keys", tmp_path / "other" / "anna")
+    strangers["no encryption"] = deployment.start("plain", "client", *where, "--keys", deployment.keys / "anna", "--insecure")
+    for name, stranger in strangers.items():
+        if name == "no encryption":  # to it a server that speaks TLS is no server
+            stranger.wait_for("INSECURE", 60)
+            continue
+        assert stranger.end(90) == 2, (name, stranger.said)
+        (line,) = [line for line in stranger.said.splitlines() if line.startswith("fedpeft:")]
+        assert "refuses this client" in line
+        assert "Traceback" not in stranger.said
+    assert "takes part" not in server.said
+
+
+@pytest.mark.slow
+def test_without_encryption_it_says_so_and_runs(three, deploy, tmp_path):
+    simulate(Config.from_dict(three), tmp_path / "simulated")
+    deployment = deploy(three)
+    server = deployment.server("--insecure")
+    clients = [deployment.client(name, "--insecure") for name in NAMES]
+    assert server.end(200) == 0, server.said
+    assert [client.end(30) for client in clients] == [0, 0, 0]
+    assert all("INSECURE" in process.said for process in deployment.processes)
+    assert_nothing_happened(deployment, tmp_path / "simulated")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_both_sides_in_order(three, deploy):
+    deployment = deploy({**three, "strategy": {**three["strategy"], "num_rounds": 500}})
+    health = free_port()
+    server = deployment.server("--health", f"{LOOPBACK}:{health}")
+    clients = [deployment.client(name) for name in NAMES]
+    deployment.wait_for_round(2)
+    state = ask(f"{LOOPBACK}:{health}")
+    assert state["clients"] == list(NAMES) and state["rounds_completed"] >= 2
+    clients[0].popen.send_signal(signal.SIGINT)
+    assert clients[0].end(30) == 0
+    assert "stopping after what is being done" in clients[0].said
+    superlink = superlink_of(server)
+    server.popen.send_signal(signal.SIGTERM)
+    assert server.end(30) == 130
+    assert "--resume" in server.said and "Traceback" not in server.said
+    assert not pathlib.Path(f"/proc/{superlink}").exists()
