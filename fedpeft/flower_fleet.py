@@ -6,6 +6,7 @@ be made. The calls are those of the Fleet API, over gRPC; a SuperLink cannot tel
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT_SECONDS = 30.0  # Flower's own; a node counts as gone after two of them, until then it may come back and go on
 CALL_SECONDS = 60.0  # for one request; arrays travel in requests of 5 MiB
+NOT_OUR_SERVER = ("CERTIFICATE", "WRONG_VERSION_NUMBER")  # in what gRPC says of TLS; anything else about it may be a cut connection
 CHUNK_SECONDS = 0.1  # between two looks at a part of a message that is not there yet
 
 
@@ -155,10 +157,18 @@ class Fleet:
             raise Disconnected(str(error)) from error
         except grpc.RpcError as error:
             code, details = error.code(), str(error.details() or "")
-            if "handshake" in details.lower() or "certificate" in details.lower():
+            if any(sign in details.upper() for sign in NOT_OUR_SERVER):
                 raise Refused(f"the secure connection cannot be made ({details})") from error
             if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
                 raise Disconnected(details) from error
             if code is grpc.StatusCode.PERMISSION_DENIED:
                 raise RunOver(details) from error
-            raise Refused(f"{code.name}: {details}") from error
+            raise Refused(_said(details) or code.name) from error
+
+
+def _said(details: str) -> str:
+    """What Flower says of an error to the outside: its details are JSON."""
+    try:
+        return str(json.loads(details)["public_message"])
+    except (ValueError, KeyError, TypeError):
+        return details

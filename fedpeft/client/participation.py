@@ -91,38 +91,38 @@ def take_part(place: Place, data: pathlib.Path, screen: Screen) -> None:
         screen.note("INSECURE: --insecure was given; nothing is encrypted, and whoever is on the way can read and change it")
     address, stop = joined(*parsed(place.server, "--server")), Stop(screen)
     resident = Resident(own, Folder(place.state), screen)
-    connected = False  # now, and with success
+    connected = False
     with stop.listening(), Health(place.health) as health:
         health.says = lambda: {"connected": connected, "client": resident.client}
         resident.recall()
-        last, pause = time.monotonic(), AGAIN_SECONDS[0]
+        heard, refused, pause = time.monotonic(), None, AGAIN_SECONDS[0]  # when a server was last there, when it first refused us
         while resident.over is None and not stop.wanted.is_set():
             fleet = Fleet(address, certificates, key)
             try:
                 idle = resident.folder.read("inbox") is None
                 resident.folder.node = fleet.activate(register=place.insecure, known=resident.folder.node, idle=idle)
                 screen.note(f"connected to {address}")
-                connected, pause = True, AGAIN_SECONDS[0]
+                connected, refused, pause = True, None, AGAIN_SECONDS[0]
                 with _beating(fleet):
                     _answer_all(fleet, resident, stop)
                 fleet.leave()
             except Disconnected as error:
-                if connected:
-                    screen.note(f"the connection to {address} is lost; trying again")
-                    last = time.monotonic()
-                connected = False
                 fleet.close()
-                if time.monotonic() - last > own.patience:
+                if connected or pause == AGAIN_SECONDS[0]:
+                    screen.note(f"the connection to {address} is lost; trying again" if connected else f"nobody answers at {address} yet")
+                heard = time.monotonic() if connected else heard
+                connected = False
+                if time.monotonic() - heard > own.patience:
                     raise RunStopped(f"no server at {address} for {own.patience:.0f} s ({error})") from error
                 stop.wanted.wait(pause)
                 pause = min(2 * pause, AGAIN_SECONDS[1])
             except Refused as error:
                 fleet.close()
-                if not connected and time.monotonic() - last < REFUSED_SECONDS:
-                    stop.wanted.wait(AGAIN_SECONDS[0])
-                    continue
-                do = "is this key in the server's clients.yaml, and is --insecure given on both sides or on neither?"
-                raise UserError(Problem("--server", f"{address} refuses this client ({error})", do=do)) from error
+                refused, connected = refused or time.monotonic(), False
+                if time.monotonic() - refused > REFUSED_SECONDS:
+                    do = "is this key in the server's clients.yaml, and is --insecure given on both sides or on neither?"
+                    raise UserError(Problem("--server", f"{address} refuses this client ({error})", do=do)) from error
+                stop.wanted.wait(AGAIN_SECONDS[0])
     if resident.over is not None:
         screen.note(f"the run is over: {resident.over.get('stopped_because', 'finished')}")
 

@@ -62,6 +62,11 @@ class Parts:
     clients: list[Listed]
     ranks: dict[int, int]
 
+    @property
+    def expected(self) -> int:
+        """How many clients may take part."""
+        return sum(not one.revoked for one in self.clients)
+
 
 def serve(config: Config, site: Site, out: pathlib.Path, resume: bool, screen: Screen) -> dict[str, Any]:
     """Run the federation of `config` with the clients that come to `site`; the summary. Raises UserError and RunStopped.
@@ -85,7 +90,7 @@ def serve(config: Config, site: Site, out: pathlib.Path, resume: bool, screen: S
             if not site.insecure:
                 _let_in(link, parts.clients)
             screen.started(config, _facts(parts, folder))
-            screen.note(f"waiting at {site.address} for {config.strategy.min_available_nodes} of {len(parts.clients)} clients")
+            screen.note(f"waiting at {site.address} for {config.strategy.min_available_nodes} of {parts.expected} clients")
             while True:
                 try:
                     with link.run(_largest_reply(parts)) as grid:
@@ -128,9 +133,8 @@ def _assemble(config: Config, site: Site, fresh: RunFolder | None) -> Parts:
         test = corpus.held_by_server(config.data, task_of.roles(config.data.columns), config.seed)
     labels = test.label_names if test else ("", "")
     prepare.check(config, len(labels), problems)
-    here = [one for one in clients if not one.revoked]
     if clients:
-        sampling.check(config, config.strategy.build(), len(here), problems)
+        sampling.check(config, config.strategy.build(), sum(not one.revoked for one in clients), problems)
     if config.strategy.build().personal:
         got = f"{config.strategy.name} leaves a part of every model at its client, so that the server has none to evaluate or to write"
         problems.add("strategy.name", got, do="take another strategy; simulate runs this one")
@@ -158,7 +162,7 @@ def _task(config: Config, parts: Parts, place: pathlib.Path) -> Arrays:
     name = place / "run"
     if not name.exists():
         durable.replace(name, uuid.uuid4().hex.encode())
-    return task(config, name.read_text(), parts.label_names, len([one for one in parts.clients if not one.revoked]))
+    return task(config, name.read_text(), parts.label_names, parts.expected)
 
 
 def _federation(config: Config, parts: Parts, roster: Roster) -> Federation:
@@ -183,7 +187,7 @@ def _federation(config: Config, parts: Parts, roster: Roster) -> Federation:
         evaluate=measure,
         primary_metric=parts.ready.task.primary_metric,
         roster=roster,
-        clients=len([one for one in parts.clients if not one.revoked]),
+        clients=parts.expected,
         ranks=parts.ranks,
         surveys=tuple(surveys),
     )
@@ -199,7 +203,7 @@ def _largest_reply(parts: Parts) -> int:
 
 def _facts(parts: Parts, folder: RunFolder) -> dict[str, Any]:
     return {
-        "clients": len(parts.clients),
+        "clients": parts.expected,
         "train_examples": None,
         "test_examples": len(parts.test),
         "trainable_parameters": parts.ready.adapted.trainable_parameters,

@@ -150,10 +150,13 @@ class Proxy:
                 near, _ = self.listener.accept()
             except OSError:
                 return
-            if not self.up:
+            try:
+                far = socket.create_connection((LOOPBACK, self.target)) if self.up else None
+            except OSError:  # the server is not there yet
+                far = None
+            if far is None:
                 near.close()
                 continue
-            far = socket.create_connection((LOOPBACK, self.target))
             self.pairs.append((near, far))
             for source, sink in ((near, far), (far, near)):
                 threading.Thread(target=self._pass, args=(source, sink), daemon=True).start()
