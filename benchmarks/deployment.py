@@ -3,7 +3,7 @@
     python benchmarks/deployment.py [--rounds 6] [--poll 0.2]
 
 MiniLM with a LoRA of 1 MB (r = 28). Overhead of a round: from the first message sent to the last reply checked, less the
-training of the slowest client by its own clock. Beside it `--poll 3`, Flower's own interval, and what its process for every
+mean of what the clients spent training by their own clocks. Beside it `--poll 3`, Flower's own interval, and what its process for every
 message costs before it trains: imports, the base and its memory, measured in a fresh process.
 """
 

@@ -9,7 +9,7 @@ import io
 import time
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -90,8 +90,7 @@ class Link:
         """
         from flwr.proto import control_pb2, fab_pb2, runtime_pb2
         from flwr.supercore.constant import TaskType
-        from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
-        from flwr.supercore.run import RunNotRunningException
+        from flwr.supercore.heartbeat import HeartbeatSender
 
         for run_id, run in self._control.ListRuns(control_pb2.ListRunsRequest()).run_dict.items():
             if run.status.status != "finished":
@@ -103,7 +102,7 @@ class Link:
         take_identity(started.run_id)
         grid = _grid_class()(self._address, self._certificates is None, self._certificates, token=task.token)
         grid.limit_bytes = limit_bytes
-        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(grid._runtime_client))
+        heartbeat = HeartbeatSender(functools.partial(_beat, grid))
         heartbeat.start()
         try:
             from flwr.common.serde import run_from_proto
@@ -111,11 +110,18 @@ class Link:
             grid.set_run(run_from_proto(grid._runtime_client.PullTaskInput(runtime_pb2.PullTaskInputRequest()).run))
             yield grid
             grid._runtime_client.PushTaskOutput(runtime_pb2.PushTaskOutputRequest(sub_status="completed"))
-        except RunNotRunningException as error:
-            raise RunOver("Flower's run was ended") from error
         finally:
             heartbeat.stop()
             grid.close()
+
+
+def _beat(grid: Any) -> bool:
+    """Tell the SuperLink that the run is still played. Flower's own function sends its process a Ctrl-C when it is not."""
+    from flwr.proto.runtime_pb2 import SendTaskHeartbeatRequest
+
+    with suppress(Exception):  # the calls that matter will find out
+        grid._runtime_client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+    return True
 
 
 @functools.cache
@@ -140,9 +146,15 @@ def _grid_class() -> Any:
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
-            self._arriving: dict[
-                str, tuple[Any, Any, dict[str, bytes]]
-            ] = {}  # message answered -> head, parts it has, those that are there
+            self._arriving: dict[str, tuple[Any, Any, dict[str, bytes]]] = {}  # message answered -> head, tree, parts that are there
+            self._give_up = self._retry_invoker.should_giveup
+            self._retry_invoker.should_giveup = self._is_over
+
+        def _is_over(self, error: Exception) -> bool:
+            """Raises RunOver where the SuperLink says that the run is; Flower's own would send its process a Ctrl-C."""
+            if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+                raise RunOver("Flower's run was ended from outside")
+            return self._give_up is not None and self._give_up(error)
 
         def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
             """The replies that are there as a whole."""

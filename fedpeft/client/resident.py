@@ -141,9 +141,9 @@ class Resident:
                 "failed": isinstance(answer, Failure),
             }
             self._memory.note_sent(line)
-        if isinstance(answer, Failure):
+        if isinstance(answer, Failure) and assignment.action != wire.JOIN:
             self.screen.note(f"round {answer.round}: not done: {answer.reason}")
-        elif assignment.action not in (wire.JOIN, wire.END):
+        elif isinstance(answer, Update) and assignment.action not in (wire.JOIN, wire.END):
             loss = f", loss {answer.metrics['loss']:.4f}" if "loss" in answer.metrics else ""
             self.screen.note(f"round {answer.round}: {assignment.action} done{loss}, sending {len(arrays)} tensors ({format_bytes(size)})")
 

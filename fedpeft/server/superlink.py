@@ -25,7 +25,7 @@ from fedpeft.errors import Problem, RunStopped, UserError
 
 START_SECONDS = 60.0
 SETTLE_SECONDS = 15.0  # for a port that a dying predecessor still holds
-RESTART_SECONDS = 1.0
+RESTART_SECONDS = (0.5, 30.0)  # at first, at most
 
 
 class SuperLink:
@@ -105,10 +105,13 @@ class SuperLink:
 
     def _watch(self) -> None:
         """Start it again when it dies. What goes on meanwhile waits: Flower's own calls try again until somebody answers."""
+        pause = RESTART_SECONDS[0]
         while not self._stopping.is_set():
             assert self._process is not None
+            started = time.monotonic()
             code = self._process.wait()
-            if self._stopping.wait(RESTART_SECONDS):
+            pause = RESTART_SECONDS[0] if time.monotonic() - started > START_SECONDS else min(2 * pause, RESTART_SECONDS[1])
+            if self._stopping.wait(pause):
                 return
             self.note(f"the SuperLink ended (code {code}, {self.log}); it is started again with its state")
             self._start()

@@ -8,11 +8,13 @@ import time
 
 import pytest
 import yaml
+from flwr.proto.control_pb2 import ListRunsRequest, StopRunRequest
 from safetensors.numpy import load_file
 
 from fedpeft import Config, simulate
 from fedpeft.addresses import LOOPBACK, free_port
 from fedpeft.arrays import digest
+from fedpeft.flower_link import Link
 from fedpeft.health import ask
 from fedpeft.keys import make
 
@@ -181,7 +183,7 @@ def test_without_encryption_it_says_so_and_runs(three, deploy, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_both_sides_in_order(three, deploy):
-    deployment = deploy({**three, "strategy": {**three["strategy"], "num_rounds": 500}})
+    deployment = deploy({**three, "strategy": {**three["strategy"], "num_rounds": 90}})
     health = free_port()
     server = deployment.server("--health", f"{LOOPBACK}:{health}")
     clients = [deployment.client(name) for name in NAMES]
@@ -196,3 +198,22 @@ def test_ctrl_c_ends_both_sides_in_order(three, deploy):
     assert server.end(30) == 130
     assert "--resume" in server.said and "Traceback" not in server.said
     assert not pathlib.Path(f"/proc/{superlink}").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_in_flower_goes_on_after_its_last_whole_round(three, deploy, tmp_path):
+    """As with `flwr stop`, which whoever can run programs on the server's machine can do."""
+    settings = {**three, "strategy": {**three["strategy"], "num_rounds": 6}}
+    simulate(Config.from_dict(settings), tmp_path / "simulated")
+    deployment = deploy(settings)
+    server = deployment.server()
+    clients = [deployment.client(name) for name in NAMES]
+    deployment.wait_for_round(2)
+    words = pathlib.Path(f"/proc/{superlink_of(server)}/cmdline").read_text().split("\0")
+    link = Link(f"{LOOPBACK}:{words[words.index('--port') + 1]}", (deployment.keys / "ca.crt").read_bytes())
+    (run_id,) = link._control.ListRuns(ListRunsRequest()).run_dict
+    link._control.StopRun(StopRunRequest(run_id=run_id))
+    assert server.end(200) == 0, server.said
+    assert [client.end(30) for client in clients] == [0, 0, 0]
+    assert "going on after the last whole round" in server.said
+    assert_nothing_happened(deployment, tmp_path / "simulated")
