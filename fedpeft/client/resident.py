@@ -44,17 +44,21 @@ class Resident:
             assignment, base = wire.message_to_assignment(message)
         except wire.WireError as error:
             return wire.answer_to_message(Failure(0, 0, f"cannot be read: {error}"), "", message)
-        answer: Update | Failure
-        if assignment.action == wire.JOIN:
-            answer = self._join(assignment)
-        elif assignment.action == wire.END:
-            self._end(assignment)
-            answer = Update(0, assignment.client, {}, 1)
-        else:
-            answer = self._work(assignment, base)
+        try:
+            answer = self._answer(assignment, base)
+        except Exception as error:  # a message that ended this client would be taken up again by the next, for ever
+            answer = Failure(assignment.round, assignment.client, f"broke: {type(error).__name__}: {error}")
         reply = wire.answer_to_message(answer, self._worker.base if self._worker else "", message)
         self._tell(assignment, answer)
         return reply
+
+    def _answer(self, assignment: Assignment, base: str) -> Update | Failure:
+        if assignment.action == wire.JOIN:
+            return self._join(assignment)
+        if assignment.action == wire.END:
+            self._end(assignment)
+            return Update(0, assignment.client, {}, 1)
+        return self._work(assignment, base)
 
     def _join(self, assignment: Assignment) -> Update | Failure:
         try:

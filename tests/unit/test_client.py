@@ -221,3 +221,20 @@ def test_what_is_resent_after_a_restart_is_the_same_message(connected, settings)
     )
     data = flower_private.to_bytes(reply)
     assert flower_private.from_bytes(data).object_id == reply.object_id == flower_private.from_bytes(data).object_id
+
+
+def test_what_breaks_a_client_is_said_and_does_not_end_it(connected, settings):
+    connected.join(settings)
+    worker = connected.resident._worker
+    wrong = {name: np.zeros((7, 7), np.float32) for name in worker.drawn}
+    answer = connected.train(1, wrong)
+    assert isinstance(answer, Failure) and "bro" in answer.reason, answer
+    assert isinstance(connected.train(1), Update)
+
+
+def test_a_server_evaluates_on_its_test_part_or_on_all_that_it_has(tiny_config, topics_csv):
+    from fedpeft.data import corpus
+
+    data = tiny_config.data
+    assert len(corpus.held_by_server(data, {"text": "text"}, 0)) == 24
+    assert len(corpus.held_by_server(data.model_copy(update={"test_fraction": 0.0}), {"text": "text"}, 0)) == 96
