@@ -31,7 +31,7 @@ class Limits(Settings):
         ["minilm"], description="base models that may be trained on; with values: where a model of that name lies on this machine"
     )
     task: str = Field("sequence-classification", description="what the data may be used for")
-    max_steps: int = Field(1000, ge=1, description="most local steps in a round")
+    max_steps: int = Field(1000, ge=1, description="most local steps in a round; accumulated batches count as steps")
     max_rounds: int = Field(100, ge=1, description="most rounds of training in a run, counted on this machine")
     surveys: bool = Field(True, description="answer surveys before round 1: sums over the data, such as counts of the classes")
 
@@ -107,7 +107,7 @@ def agree(own: OwnFile, said: dict[str, Any]) -> Agreed:
         }
     )
     examples = _read_examples(config, labels)
-    if (steps := local_steps(config, len(examples))) > limits.max_steps:
+    if (steps := local_steps(config, len(examples)) * config.training.gradient_accumulation_steps) > limits.max_steps:
         raise UserError(Problem("limits.max_steps", f"the server wants {steps} local steps a round", f"at most {limits.max_steps}"))
     return Agreed(str(run), config, examples, clients)
 

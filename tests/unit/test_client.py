@@ -54,6 +54,7 @@ def test_a_task_within_the_limits_is_run_on_the_clients_own_rows(own_file, setti
     [
         ({"model": {"name": "someone/else"}}, "limits.models: the server wants to train"),
         ({"training": {"max_steps": 51}}, "limits.max_steps: the server wants 51"),
+        ({"training": {"max_steps": 10, "gradient_accumulation_steps": 6}}, "limits.max_steps: the server wants 60"),
         ({"strategy": {"num_rounds": 101}}, "limits.max_rounds: the server wants 101"),
         ({"strategy": {"name": "evil.py:Strategy"}}, "code that is not part of fedpeft"),
         ({"strategy": {"name": "fedadam", "over": "evil.module:Strategy"}}, "code that is not part of fedpeft"),
