@@ -23,7 +23,7 @@ from fedpeft import environment
 from fedpeft.addresses import LOOPBACK, free_port, joined, parsed
 from fedpeft.errors import Problem, RunStopped, UserError
 
-START_SECONDS = 60.0
+START_SECONDS, ATTEMPTS = 60.0, 3
 SETTLE_SECONDS = 15.0  # for a port that a dying predecessor still holds
 RESTART_SECONDS = (0.5, 30.0)  # at first, at most
 
@@ -53,8 +53,14 @@ class SuperLink:
     def __enter__(self) -> SuperLink:
         self.folder.mkdir(parents=True, exist_ok=True)
         _wait_until_free(self.host, self.port)
-        self._start()
-        self._wait_until_ready()
+        for attempt in range(ATTEMPTS):
+            self._start()
+            if self._is_ready():
+                break
+            if attempt + 1 == ATTEMPTS:
+                self.__exit__()
+                lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+                raise RunStopped(f"Flower's SuperLink does not start ({self.log}): {' / '.join(lines[-3:])}")
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -94,14 +100,15 @@ class SuperLink:
                 self._command(), stdin=subprocess.PIPE, stdout=log, stderr=log, env=known, start_new_session=True
             )
 
-    def _wait_until_ready(self) -> None:
+    def _is_ready(self) -> bool:
+        """Wait until it answers; False when it ends instead, or takes too long."""
         assert self._process is not None
         ends = time.monotonic() + START_SECONDS
         while not (_answers(LOOPBACK, self.http_port) and _answers(self.host, self.port)):
             if self._process.poll() is not None or time.monotonic() > ends:
-                lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-                raise RunStopped(f"Flower's SuperLink did not start ({self.log}): {' / '.join(lines[-3:])}")
+                return False
             time.sleep(0.1)
+        return True
 
     def _watch(self) -> None:
         """Start it again when it dies. What goes on meanwhile waits: Flower's own calls try again until somebody answers."""

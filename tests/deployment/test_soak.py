@@ -33,12 +33,12 @@ def play(deployment, chance, kills, simulated):
     """One run with at most so many kills; how many there were."""
     lives = {"server": deployment.server} | {name: functools.partial(deployment.client, name) for name in NAMES}
     running = {name: start() for name, start in lives.items()}
-    killed, whole, ends = 0, 0, time.monotonic() + 3600
+    killed, whole, over, ends = 0, 0, 0.0, time.monotonic() + 1800
     while any(process.popen.poll() is None for process in running.values()):
         assert time.monotonic() < ends, [process.said for process in running.values()]
         time.sleep(chance.uniform(0, 6))
         for name, process in running.items():
-            if process.popen.poll() == -signal.SIGKILL:
+            if process.popen.poll() not in (None, 0):  # killed, or ended since its SuperLink was: as a supervisor would
                 running[name] = deployment.resume() if name == "server" and (deployment.run / "config.yaml").exists() else lives[name]()
         alive = [name for name, process in running.items() if process.popen.poll() is None]
         if killed < kills and running["server"].popen.poll() is None and alive:
@@ -51,12 +51,14 @@ def play(deployment, chance, kills, simulated):
                 killed += 1
             except (OSError, IndexError):
                 continue  # it was not there yet, or not any more
-        if running["server"].popen.poll() == 0:
-            for name in set(running) - {"server"}:
-                if running[name].popen.poll() == -signal.SIGKILL:
-                    running[name].popen.returncode = 0  # killed after the last word: nobody to come back to
-    for process in running.values():
-        assert process.popen.returncode == 0, process.said
+        if running["server"].popen.poll() == 0 and not over:
+            over = time.monotonic() + 30
+        if over and time.monotonic() > over:  # killed before they heard the last word: nobody is there to tell them
+            break
+    deployment.close()
+    assert running["server"].popen.returncode == 0, running["server"].said
+    for name, process in running.items():
+        assert "Traceback" not in process.said, (name, process.said)
     lines = deployment.rounds()
     assert [line["round"] for line in lines] == list(range(ROUNDS + 1)), "no round lost, none twice"
     for line in lines[1:]:
