@@ -11,7 +11,7 @@ from fedpeft.arrays import digest
 from .conftest import NAMES
 
 STRATEGIES = ["fedavg", "fedsmooth_lora", "ffa_lora", "lora_fair"]
-SLOW = {"ffa_lora", "lora_fair"}
+SLOW = {"ffa_lora", "lora_fair", "fedsmooth_lora"}  # the last ends at the same bits in test_faults.py too
 
 
 @pytest.mark.parametrize("strategy", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in STRATEGIES])
