@@ -6,16 +6,19 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install quickstart test test-all check clean
+.PHONY: install quickstart test test-all soak check clean
 
 quickstart: install  ## the main job on the embedded default: real weights, real text, no network after the install
 	$(BIN)/fedpeft simulate
 
 test: install  ## the tests that fit into a coffee break
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow and not soak"
 
 test-all: install  ## and those that take longer
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not soak"
+
+soak: install  ## a hundred kills at random moments (SOAK_KILLS=N, SOAK_SEED=N): no run may be lost
+	$(BIN)/python -m pytest -q -s -m soak
 
 check: install  ## format, lint, types
 	$(BIN)/ruff format --check .

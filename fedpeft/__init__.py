@@ -25,6 +25,9 @@ The path of one update, from a client's data to the adapter file:
            server/checkpoint.py          what --resume needs
      5. server/ending.py               adapter/ (a plain PEFT folder), summary.json, pictures, report
 
+With real clients the same loop runs in server/deployment.py, over the grid of flower_link.py; server/superlink.py is the process
+they connect to, server/roster.py says who is there. client/participation.py is a client's life, client/resident.py holds its worker.
+
 A study (simulations/study.py) is many such runs: arms x seeds, resumable, with tables and a picture.
 
 Records that travel are in records.py, errors in errors.py, every generator in seeds.py. Imports run downwards only:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -90,15 +91,16 @@ def privacy(given: argparse.Namespace) -> None:
     from rich.table import Table
 
     from fedpeft.config import Config
-    from fedpeft.simulations.assemble import deal, plan_privacy
+    from fedpeft.simulations.assemble import deal
+    from fedpeft.training.prepare import plans
 
     config = Config.load(*_config_and_overrides(given.config))
     if config.privacy is None:
         raise UserError(Problem("privacy", "the config asks for none", do="give privacy.target_epsilon, or privacy.noise_multiplier"))
     dealt = deal(config).partition
-    plans = plan_privacy(config, {name: len(rows) for name, rows in zip(dealt.names, dealt.indices, strict=True)})
+    planned = plans(config, {name: len(rows) for name, rows in zip(dealt.names, dealt.indices, strict=True)})
     shown = Table("client", "examples", "q", "sigma", "steps", "epsilon", "delta")
-    for plan in plans:
+    for plan in planned:
         steps = plan.steps * plan.rounds
         shown.add_row(
             plan.name, f"{plan.examples:,}", f"{plan.q:.4f}", f"{plan.sigma:.4f}", f"{steps:,}", f"{plan.epsilon:.3f}", f"{plan.delta:.2g}"
@@ -143,6 +145,48 @@ def report(given: argparse.Namespace) -> None:
         print(written)
 
 
+def keys(given: argparse.Namespace) -> None:
+    """certificates and keys for a server and its clients"""
+    from fedpeft.keys import make
+
+    for line in make(pathlib.Path(given.folder), _names(given.server), _names(given.clients)):
+        print(line)
+
+
+def server(given: argparse.Namespace) -> None:
+    """run a federation with real clients: wait for them, and write the run folder"""
+    from fedpeft.config import Config
+    from fedpeft.screen import choose
+    from fedpeft.server.run_folder import RunFolder
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the SuperLink is ended in order
+    path, overrides = _config_and_overrides(given.config)
+    out = pathlib.Path(given.out)
+    if given.resume and path is None:
+        path = str(RunFolder(out).config)
+    config = Config.load(path, overrides)
+    with choose(json=given.json) as screen:
+        from fedpeft.server.deployment import Site, serve
+        from fedpeft.server.federation import FINISHED
+
+        site = Site(given.address, pathlib.Path(given.keys), given.insecure, given.health)
+        summary = serve(config, site, out, given.resume, screen)
+    if summary["stopped_because"] != FINISHED:
+        raise RunStopped(f"the run stopped before its end: {summary['stopped_because']}")
+
+
+def client(given: argparse.Namespace) -> None:
+    """take part in a run with your own data, which stays here"""
+    from fedpeft.screen import choose
+
+    with choose(json=given.json) as screen:
+        from fedpeft.client.participation import Place, take_part
+
+        folder = pathlib.Path(given.keys)
+        state = pathlib.Path(given.state) if given.state else folder / "state"
+        take_part(Place(given.server, folder, state, given.insecure, given.health), pathlib.Path(given.data), screen)
+
+
 def list_names(given: argparse.Namespace) -> None:
     """what a config may name, and every key it may hold"""
     from fedpeft.listing import describe
@@ -165,6 +209,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "partition": partition,
     "privacy": privacy,
     "report": report,
+    "keys": keys,
+    "server": server,
+    "client": client,
     "list": list_names,
     "doctor": doctor,
 }
@@ -177,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         made[name] = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
         made[name].set_defaults(command=command)
-    for name in ("simulate", "study", "partition"):
+    for name in ("simulate", "study", "partition", "server"):
         made[name].add_argument(
             "config", nargs="*", metavar="CONFIG key=value", help="a YAML file and overrides; without a file: the quickstart"
         )
@@ -200,6 +247,25 @@ def _parser() -> argparse.ArgumentParser:
     made["partition"].add_argument("--rows", type=int, default=40, metavar="N", help="clients shown in the table (default: 40)")
     made["report"].add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     made["report"].add_argument("--out", metavar="DIR", help="where the comparison of several runs goes")
+    made["keys"].add_argument("folder", metavar="DIR", help="where they go; what is there already stays as it is")
+    made["keys"].add_argument(
+        "--server", required=True, metavar="NAME,...", help="host names or addresses that clients reach the server by"
+    )
+    made["keys"].add_argument("--clients", required=True, metavar="A,B,...", help="a name for each client")
+    made["server"].add_argument("--address", required=True, metavar="HOST:PORT", help="where clients connect")
+    made["server"].add_argument("--keys", required=True, metavar="DIR", help="the folder that fedpeft keys made")
+    made["server"].add_argument("--out", required=True, metavar="DIR", help="the run folder")
+    made["server"].add_argument("--resume", action="store_true", help="continue the run in --out; start it where there is none yet")
+    made["client"].add_argument("--server", required=True, metavar="HOST:PORT", help="where the server is")
+    made["client"].add_argument("--keys", required=True, metavar="DIR/NAME", help="this client's own folder, as fedpeft keys made it")
+    made["client"].add_argument(
+        "--data", required=True, metavar="FILE", help="a YAML file: where your data lies, and the limits of what you do"
+    )
+    made["client"].add_argument("--state", metavar="DIR", help="what the client remembers between rounds (default: state in --keys)")
+    for name in ("server", "client"):
+        made[name].add_argument("--insecure", action="store_true", help="no encryption: for trials on one machine only")
+        made[name].add_argument("--health", metavar="HOST:PORT", help="answer GET /health there, in JSON")
+        made[name].add_argument("--json", action="store_true", help="one JSON object a line, for programs")
     made["list"].add_argument("kind", nargs="?", default="kinds", help='such as "strategy"; "config" lists every key')
     return parser
 
@@ -218,6 +284,11 @@ def _folder(name: str) -> pathlib.Path:
     except OSError as error:
         raise UserError(Problem("--out", f"{name} cannot be made ({error.strerror})")) from error
     return pathlib.Path(name)
+
+
+def _names(text: str) -> list[str]:
+    """The parts of A,B,C."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _csv(cell: str) -> str:

@@ -1,6 +1,10 @@
-"""Every private name of Flower that fedpeft touches, each with its reason. Moving to another Flower is this file and its test.
+"""Every private name of Flower that fedpeft touches, each with its reason. Moving to another Flower is these files and their test.
 
 Tested with flwr 1.39. Everything else in the package keeps to the public Message API (`flwr.app`, `flwr.serverapp.Grid`).
+
+    flower_private.py    messages: Flower's protobuf and back, and the process-wide ids that a message is built from
+    flower_fleet.py      a client's connection to a SuperLink: the calls of a SuperNode, in this process
+    flower_link.py       the server's connection to its own SuperLink: node keys, a run, and the grid of that run
 """
 
 from __future__ import annotations
@@ -9,6 +13,18 @@ import uuid
 from typing import cast
 
 from flwr.app import Message
+
+
+class Disconnected(Exception):
+    """Nobody answers at the other end; later, somebody may."""
+
+
+class Refused(Exception):
+    """The other end answers, and will not have us."""
+
+
+class RunOver(Exception):
+    """The run that a message belongs to is no longer running."""
 
 
 def take_identity(run_id: int) -> None:

@@ -7,12 +7,15 @@ whose keyword-only parameters are its settings; either way the settings are conf
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import importlib
 import importlib.util
 import inspect
 import pathlib
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, create_model
@@ -118,6 +121,19 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+_only_installed = contextvars.ContextVar("only_installed", default=False)
+
+
+@contextmanager
+def only_installed() -> Iterator[None]:
+    """Inside the block no name leads outside the tables: for names that another machine has sent."""
+    token = _only_installed.set(True)
+    try:
+        yield
+    finally:
+        _only_installed.reset(token)
+
+
 def find(kind: str, name: str, where: str | None = None, fallback: str | None = None) -> Any:
     """The object called `name` in the table of `kind`, or in the user's own file or package, or else what the `fallback` row
     makes of the name.
@@ -142,6 +158,8 @@ def _load(row: str) -> Any:
 
 
 def _find_own(name: str, where: str) -> Any:
+    if _only_installed.get():
+        raise UserError(Problem(where, f'"{name}" is code that is not part of fedpeft', "names that fedpeft list prints"))
     place, _, attribute = name.rpartition(":")
     path = pathlib.Path(place).resolve()
     if place.endswith(".py") and not path.is_file():

@@ -195,8 +195,9 @@ class Rich(Screen):
 
 def _opening(config: Config, facts: Facts) -> str:
     trainable, base = facts["trainable_parameters"], facts["base_parameters"]
+    held = "" if facts["train_examples"] is None else f" with {facts['train_examples']:,} examples"  # real clients keep that to themselves
     return (
-        f"{config.name}: {facts['clients']:,} clients with {facts['train_examples']:,} examples, {facts['test_examples']:,} to test on; "
+        f"{config.name}: {facts['clients']:,} clients{held}, {facts['test_examples']:,} to test on; "
         f"{config.strategy.name} with {config.adapter.name} on {config.model.name}, {config.strategy.num_rounds} rounds; "
         f"{trainable:,} of {base:,} parameters trained ({trainable / max(base, 1):.2%}); results in {facts['out']}"
     )

@@ -93,7 +93,9 @@ class DataSection(OpenSection):
     labels: list[str] | None = Field(None, min_length=2, description="the classes in order; null: those that occur, sorted")
     max_length: int = Field(32, ge=2, le=131072, description="tokens kept of an example; the rest is cut off at the end")
     max_examples: int | None = Field(None, ge=1, description="use a random subset of this many examples (before the split)")
-    test_fraction: Share = Field(0.2, description="held out for the server's evaluation when there is no test split")
+    test_fraction: Share = Field(
+        0.2, description="held out for the server's evaluation when there is no test split; 0: nothing, or with real clients everything"
+    )
     evaluate_on: Literal["test", "validation"] = Field(
         "test", description='"validation": the server evaluates on a test_fraction of the training examples instead, to choose settings by'
     )

@@ -30,6 +30,8 @@ MAX_DIMENSIONS = 8
 MAX_TEXT = 500
 TRAIN, QUERY = "train", "query"  # Flower's message types: training, and everything asked before it
 SECOND = "second"  # the action of a second question in a round of training
+JOIN, END = "join", "end"  # the first and the last question to a real client: will you take part in this task; it is over
+POLL_SECONDS = 0.2  # how often either side looks for messages; Flower's own server and clients look every 3 s
 
 
 class WireError(ValueError):

@@ -23,7 +23,7 @@ def blocks(language):
 
 def test_the_walk_through_runs_from_the_first_line_to_the_last(tmp_path):
     """The shell block with the CSV file, then both Python blocks, in one folder."""
-    (shell,) = [block for block in blocks("sh") if "reviews.csv" in block]
+    (shell,) = [block for block in blocks("sh") if "cat > reviews.csv" in block]
     bin_folder = pathlib.Path(sys.executable).parent
     done = subprocess.run(
         ["bash", "-euc", f"PATH={shlex.quote(str(bin_folder))}:$PATH\n{shell}"], cwd=tmp_path, capture_output=True, text=True
@@ -34,6 +34,33 @@ def test_the_walk_through_runs_from_the_first_line_to_the_last(tmp_path):
         done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "reviews-run-2" / "adapter" / "adapter_config.json").is_file()
+
+
+def real_clients():
+    (shell,) = [block for block in blocks("sh") if "fedpeft keys" in block]
+    return shell
+
+
+def test_the_commands_of_real_clients_are_understood():
+    lines = [line.removesuffix(" &") for line in real_clients().splitlines() if line.startswith("fedpeft ")]
+    given = [_parser().parse_args(shlex.split(line)[1:]) for line in lines]
+    assert [one.command.__name__ for one in given] == ["keys", "server", "client", "client", "client"]
+
+
+@pytest.mark.slow
+def test_the_commands_of_real_clients_run_as_they_stand(tmp_path):
+    """With a port that is free, and each process's own exit code asked for."""
+    from fedpeft.addresses import free_port
+
+    (data,) = [block for block in blocks("sh") if "cat > reviews.csv" in block]
+    files = data[: data.index("fedpeft partition")]
+    port = free_port()
+    shell = real_clients().replace(":9092", f":{port}").replace("\nwait\n", "\nfor job in $(jobs -p); do wait $job; done\n")
+    assert "for job" in shell
+    path = f"PATH={shlex.quote(str(pathlib.Path(sys.executable).parent))}:$PATH"
+    done = subprocess.run(["bash", "-euc", f"{path}\n{files}\n{shell}"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "reviews-real" / "adapter" / "adapter_config.json").is_file()
 
 
 def test_every_command_of_the_readme_is_one():

@@ -10,12 +10,30 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "fedpeft"
 
 LAYERS = [
-    {"errors", "records", "arrays", "seeds", "lookup", "units", "environment", "yaml_file", "quiet", "products", "intervals"},
+    {
+        "errors",
+        "records",
+        "arrays",
+        "seeds",
+        "lookup",
+        "units",
+        "environment",
+        "yaml_file",
+        "quiet",
+        "products",
+        "intervals",
+        "keys",
+        "durable",
+        "health",
+        "addresses",
+    },
     {
         "config",
         "sections",
         "complaints",
         "flower_private",
+        "flower_fleet",
+        "flower_link",
         "wire",
         "screen",
         "runs",
@@ -32,7 +50,19 @@ LAYERS = [
     {"cli", "__main__", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-FLOWER = {"flower_strategy.py", "flower_private.py", "wire.py", "exchange.py", "rounds.py", "grid.py"}
+FLOWER = {
+    "flower_strategy.py",
+    "flower_private.py",
+    "flower_fleet.py",
+    "flower_link.py",
+    "wire.py",
+    "exchange.py",
+    "rounds.py",
+    "grid.py",
+    "roster.py",
+    "resident.py",
+    "participation.py",
+}
 
 
 def modules():

@@ -49,6 +49,24 @@ def load(data: DataSection, roles: Mapping[str, str], seed: int) -> Corpus:
     return corpus
 
 
+def held_by_server(data: DataSection, roles: Mapping[str, str], seed: int) -> Examples:
+    """What a server evaluates on when its clients hold the training examples: the test part, as in a simulation, or with
+    `test_fraction` 0 and no test split everything that `data` names."""
+    if data.test_fraction == 0 and "test" not in (rows := _rows(data)):
+        return _checked(rows["train"], data, roles, data.labels, "test")
+    return load(data, roles, seed).test
+
+
+def held_by_client(data: DataSection, roles: Mapping[str, str], labels: Sequence[str] | None) -> Examples:
+    """What a client trains on: all the rows that its own `data` section names. Its labels must be among `labels`, if given."""
+    return _checked(_rows(data)["train"], data, roles, labels, "train")
+
+
+def _checked(rows: Sequence[Row], data: DataSection, roles: Mapping[str, str], labels: Sequence[str] | None, split: str) -> Examples:
+    _check_columns(rows, data, roles, split)
+    return _examples(rows, data, roles, tuple(labels) if labels else _label_names(rows, data.columns.label), split)
+
+
 def _rows(data: DataSection) -> dict[str, list[Row]]:
     """What the source gives, in one form: rows by split. A source may be a person's own function, so nothing is taken for granted."""
     try:

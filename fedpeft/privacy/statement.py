@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedpeft.privacy.guard import Guard
+from fedpeft.privacy.planning import DELTA
 from fedpeft.sections import PrivacySection
 
 ASSUMPTIONS = (
@@ -19,6 +20,19 @@ NOT_COVERED = (
     "the choice of settings: learning rates or strategies that were picked on the same data",
     "the server's metrics, if its test part is private too",
 )
+
+
+def reported(section: PrivacySection, epsilons: list[float]) -> dict[str, Any]:
+    """What a server may say of clients whose ledgers stay with them: the largest epsilon that any of them has stated."""
+    return {
+        "unit": section.unit,
+        "epsilon": max(epsilons, default=0.0),
+        "delta": DELTA if section.target_delta is None else section.target_delta,
+        "max_grad_norm": section.max_grad_norm,
+        "accountant": "each client's own, from its own ledger; delta is at most the one given",
+        "assumptions": list(ASSUMPTIONS),
+        "not_covered": list(NOT_COVERED),
+    }
 
 
 def statement(section: PrivacySection, guards: Mapping[int, Guard]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import pathlib
 import shutil
 from dataclasses import dataclass
 
-import numpy as np
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
+from fedpeft import durable
 from fedpeft.records import Arrays
 
 KEPT = 2  # the newest, and one behind it
@@ -43,16 +43,16 @@ def write(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     parts = {"arrays": checkpoint.arrays, "strategy": checkpoint.strategy, "clients": checkpoint.clients}
-    files = {f"{name}.safetensors": _saved(arrays) for name, arrays in parts.items()}
+    files = {f"{name}.safetensors": durable.tensors(arrays) for name, arrays in parts.items()}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files["state.json"] = json.dumps(
         {"round": checkpoint.round, "base": checkpoint.base, "data": checkpoint.data, "sha256": hashes}
     ).encode()
     for name, data in files.items():
-        _write_durably(beside / name, data)
+        durable.write(beside / name, data)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(beside, final)
-    _sync(folder)
+    durable.sync(folder)
     for old in _rounds(folder)[:-KEPT]:
         shutil.rmtree(old)
 
@@ -71,26 +71,5 @@ def latest(folder: pathlib.Path) -> Checkpoint | None:
     return None
 
 
-def _saved(arrays: Arrays) -> bytes:
-    # safetensors 0.8 writes the memory of a column-major array as if it were row-major; ascontiguousarray would make a number a vector
-    data: bytes = save({name: np.array(array, order="C") for name, array in arrays.items()})
-    return data
-
-
 def _rounds(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(folder.glob("round-*"))
-
-
-def _write_durably(path: pathlib.Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: pathlib.Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

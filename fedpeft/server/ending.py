@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.curves import curves
-from fedpeft.data import partitions
-from fedpeft.data.corpus import Corpus
-from fedpeft.data.partitions import Partition
-from fedpeft.data.partitions.picture import draw
+from fedpeft.privacy.statement import reported
 from fedpeft.records import Arrays
 from fedpeft.report import write_report
 from fedpeft.runs import read_run
@@ -25,21 +22,16 @@ if TYPE_CHECKING:
 VERSIONED = ("fedpeft", "flwr", "torch", "transformers", "peft", "numpy")
 
 
-def end(
-    federation: Federation, outcome: Outcome, adapted: Adapted, corpus: Corpus, partition: Partition, folder: RunFolder
-) -> dict[str, Any]:
-    """Write adapter, summary, pictures and report; the summary."""
+def end(federation: Federation, outcome: Outcome, adapted: Adapted, labels: Sequence[str], folder: RunFolder) -> dict[str, Any]:
+    """Write adapter, summary, curves and report; the summary."""
     reported = federation.reported(outcome.arrays)
     adapted.write(reported)
     adapted.save(folder.adapter)
     for client, memory in personal(federation).items():
         adapted.write({**reported, **memory})
         adapted.save(folder.personal(client))
-    summary = summarise(federation, outcome, adapted, corpus.train.label_names)
+    summary = summarise(federation, outcome, adapted, labels)
     folder.write_summary(summary)
-    if corpus.train.labels is not None:
-        counts = partitions.label_counts(partition, corpus.train)
-        draw(counts, corpus.train.label_names, partition.names, folder.path / "partition.png")
     run = read_run(folder.path)
     curves(run, folder.path / "curves.png")
     write_report([run], folder.path)
@@ -78,11 +70,18 @@ def summarise(federation: Federation, outcome: Outcome, adapted: Adapted, labels
         "base_parameters": adapted.base_parameters,
         "first_trained_layer": adapted.first_trained_layer,
         **adapted.adapter.report(federation.layout, outcome.arrays),
-        "privacy": federation.privacy(),
+        "privacy": _privacy(federation, records),
         "seconds": _seconds(records),
         "rejected_updates": sum(sum(record.rejected.values()) for record in records),
         "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONED}},
     }
+
+
+def _privacy(federation: Federation, records: list[RoundRecord]) -> dict[str, Any] | None:
+    section = federation.config.privacy
+    if section is None or (said := federation.privacy()):
+        return None if section is None else said
+    return reported(section, [record.epsilon for record in records if record.epsilon is not None])
 
 
 def _seconds(records: list[RoundRecord]) -> dict[str, float]:

@@ -1,9 +1,12 @@
-"""Send a round's messages through a Flower `Grid` and gather the replies until all are there or the time is up."""
+"""Send a round's messages through a Flower `Grid` and gather the replies until all are there or the time is up.
+
+A client whose node goes away in between (it was killed, or cut off) is asked again when it is back soon: its answer is the same.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -12,7 +15,8 @@ from flwr.serverapp import Grid
 from fedpeft import flower_private, wire
 from fedpeft.records import Assignment
 
-POLL_SECONDS = 0.2  # Flower's own grid polls every 3 s
+AWAY = {3, 5}  # Flower's error codes of a message that got lost with its node, and of a node that is not there
+RETURN_SECONDS = 30.0  # that a round waits for a client that went away
 
 
 @dataclass(frozen=True)
@@ -36,22 +40,43 @@ class Exchange:
         return Exchange(self.replies, self.bytes_down + other.bytes_down, self.bytes_up + other.bytes_up)
 
 
-def exchange(grid: Grid, assignments: Sequence[Assignment], roster: dict[int, int], base: str, timeout: float) -> Exchange:
-    """Ask every client of `assignments` (at its node in `roster`) and wait at most `timeout` seconds."""
-    messages = [wire.assignment_to_message(assignment, base, roster[assignment.client]) for assignment in assignments]
-    bytes_down = sum(len(flower_private.to_bytes(message)) for message in messages)
+def exchange(
+    grid: Grid,
+    assignments: Sequence[Assignment],
+    roster: dict[int, int],
+    base: str,
+    timeout: float,
+    back: Callable[[], dict[int, int]] = dict,
+) -> Exchange:
+    """Ask every client of `assignments` (at its node in `roster`) and wait at most `timeout` seconds. `back` says who is there now."""
     ends = time.monotonic() + timeout
-    by_id = dict(zip(grid.push_messages(messages), assignments, strict=True))
+    by_id: dict[str, Assignment] = {}
     arrived: dict[int, Message] = {}
-    pending = set(by_id)
-    while pending:
-        for message in grid.pull_messages(sorted(pending)):
-            if message.metadata.reply_to_message_id in pending:
-                pending.discard(message.metadata.reply_to_message_id)
-                arrived[by_id[message.metadata.reply_to_message_id].client] = message
-        if pending and time.monotonic() >= ends:
+    away: dict[int, float] = {}  # client -> until when it is waited for
+    bytes_down = 0
+
+    def ask(some: Sequence[Assignment], nodes: dict[int, int]) -> None:
+        nonlocal bytes_down
+        messages = [wire.assignment_to_message(assignment, base, nodes[assignment.client]) for assignment in some]
+        bytes_down += sum(len(flower_private.to_bytes(message)) for message in messages)
+        pushed = zip(grid.push_messages(messages), some, strict=True)
+        by_id.update({message_id: assignment for message_id, assignment in pushed if message_id})  # none for a node that has left
+
+    ask(assignments, roster)
+    while by_id or away:
+        for message in grid.pull_messages(sorted(by_id)) if by_id else ():
+            assignment = by_id.pop(message.metadata.reply_to_message_id, None)
+            if assignment is not None:
+                arrived[assignment.client] = message
+                if message.has_error() and message.error.code in AWAY:
+                    away[assignment.client] = min(ends, time.monotonic() + RETURN_SECONDS)
+        if away:
+            there, now = back(), time.monotonic()
+            ask([assignment for assignment in assignments if assignment.client in away.keys() & there.keys()], there)
+            away = {client: until for client, until in away.items() if client not in there and now < until}
+        if (by_id or away) and time.monotonic() >= ends:
             break
-        if pending:
-            time.sleep(POLL_SECONDS)
+        if by_id or away:
+            time.sleep(wire.POLL_SECONDS)
     replies = [Reply(asked, arrived.get(asked.client)) for asked in sorted(assignments, key=lambda asked: asked.client)]
     return Exchange(replies, bytes_down, sum(len(flower_private.to_bytes(message)) for message in arrived.values()))

@@ -74,11 +74,13 @@ def _resumed(federation: Federation, folder: RunFolder) -> Outcome | None:
 def _finish_round(federation: Federation, outcome: Outcome, record: RoundRecord, folder: RunFolder, screen: Screen) -> None:
     """Record first, checkpoint second: a line without its checkpoint is dropped on resume, and the round is played again."""
     outcome.records.append(record)
-    folder.append(record)
-    checkpoint.write(
-        folder.checkpoint,
-        checkpoint.Checkpoint(record.round, outcome.arrays, outcome.state, federation.memories(), federation.base, federation.data),
-    )
+    whole = checkpoint.Checkpoint(record.round, outcome.arrays, outcome.state, federation.memories(), federation.base, federation.data)
+    try:
+        folder.append(record)
+        checkpoint.write(folder.checkpoint, whole)
+    except OSError as error:
+        do = "make room, and go on after the round before with --resume"
+        raise RunStopped(f"round {record.round} cannot be written to {folder.path} ({error.strerror}); {do}") from error
     for client, reason in record.rejected_clients.items():
         screen.note(f"round {record.round}: client {client} left out: {reason}")
     screen.round_done(record, federation.config.strategy.num_rounds)
@@ -91,7 +93,7 @@ def _before_training(federation: Federation, grid: Grid, outcome: Outcome) -> Ro
     for survey in federation.surveys:
         roster = _wait_for(federation)
         asked = assign(federation, survey.action, sorted(roster), outcome, 0)
-        answered = exchange(grid, asked.assignments, roster, federation.base, federation.config.strategy.round_timeout)
+        answered = exchange(grid, asked.assignments, roster, federation.base, federation.config.strategy.round_timeout, federation.roster)
         judged = judge(answered, federation, lambda client, survey=survey: survey.expects)  # type: ignore[misc]
         if not judged.accepted:
             reasons = "; ".join(sorted({failure.reason for failure in judged.failed}))
@@ -118,11 +120,13 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     )
     received, at = outcome.arrays, federation.at(round)
     asked = assign(federation, wire.TRAIN, clients, outcome, round)
-    traffic = exchange(grid, asked.assignments, roster, federation.base, settings.round_timeout)
+    traffic = exchange(grid, asked.assignments, roster, federation.base, settings.round_timeout, federation.roster)
     trained = federation.trains(received)
     judged = judge(traffic, federation, lambda client: federation.strategy.uploads(trained, federation.at(round, client)), received)
     outcome.spent |= {failure.client for failure in judged.failed if failure.reason.startswith(SPENT)}
     outcome.seen |= {update.client: round - 1 for update in judged.accepted}
+    for failure in judged.failed:  # it may have lost what it was sent: the next time it is sent everything
+        outcome.seen.pop(failure.client, None)
     question = federation.strategy.second(judged.accepted, at) if len(judged.accepted) >= federation.fewest else {}
     if question:
         traffic, judged = _ask_again(federation, grid, roster, question, traffic, judged, at)
@@ -150,7 +154,7 @@ def _ask_again(
     """The second question of a round, to those whose first answer was accepted; both answers become one update."""
     first = {update.client: update for update in judged.accepted}
     asked = [Assignment(wire.SECOND, at.number, client, question) for client in first]
-    answered = exchange(grid, asked, roster, federation.base, federation.config.strategy.round_timeout)
+    answered = exchange(grid, asked, roster, federation.base, federation.config.strategy.round_timeout, federation.roster)
     again = judge(answered, federation, lambda client: federation.strategy.answers(federation.at(at.number, client)))
     both = [replace(first[update.client], arrays={**first[update.client].arrays, **update.arrays}) for update in again.accepted]
     return traffic.after(answered), Judged(both, judged.failed + again.failed, judged.norms)
@@ -164,7 +168,7 @@ def _wait_for(federation: Federation) -> dict[int, int]:
         if time.monotonic() > ends:
             waited, wanted = f"{settings.round_timeout:.0f} s", settings.min_available_nodes
             raise RunStopped(f"{len(roster)} clients after {waited}, strategy.min_available_nodes is {wanted}")
-        time.sleep(0.2)
+        time.sleep(wire.POLL_SECONDS)
     return roster
 
 

@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 
 from fedpeft import seeds
+from fedpeft.config import Config
+from fedpeft.errors import Problems
+from fedpeft.strategies.strategy import Strategy
 
 
 def size(available: int, fraction: float, minimum: int) -> int:
@@ -18,3 +21,14 @@ def choose(available: Sequence[int], fraction: float, minimum: int, seed: int, r
     wanted = size(len(available), fraction, minimum)
     drawn = seeds.generator(seed, "sampling", round).choice(sorted(available), wanted, replace=False)
     return sorted(int(client) for client in drawn)
+
+
+def check(config: Config, strategy: Strategy, clients: int, problems: Problems) -> None:
+    """Numbers of clients that a round could never reach."""
+    asked = size(clients, config.strategy.fraction_train, config.strategy.min_train_nodes)
+    if asked < strategy.fewest:
+        got = f"{config.strategy.name} needs {strategy.fewest} updates a round, and {asked} of {clients} clients are asked"
+        problems.add("strategy.fraction_train", got, do="raise it, or partition.clients")
+    for key in ("min_available_nodes", "min_train_nodes"):
+        if (wanted := getattr(config.strategy, key)) > clients:
+            problems.add(f"strategy.{key}", f"{wanted} is more than the {clients} clients there are", f"at most {clients}")

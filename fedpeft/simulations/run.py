@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedpeft.arrays import weighted_mean
 from fedpeft.config import Config
+from fedpeft.data import partitions
+from fedpeft.data.partitions.picture import draw
 from fedpeft.errors import Problem, UserError
 from fedpeft.lookup import find
 from fedpeft.privacy.statement import statement
 from fedpeft.quiet import quiet_libraries
-from fedpeft.records import Arrays, Metrics
+from fedpeft.records import Arrays
 from fedpeft.screen import Screen, choose
 from fedpeft.server import rounds
 from fedpeft.server.ending import end
-from fedpeft.server.federation import Federation, Survey
+from fedpeft.server.federation import Federation
+from fedpeft.server.making import make
 from fedpeft.server.run_folder import RunFolder
 from fedpeft.simulations.assemble import Parts, assemble
-from fedpeft.training.evaluate import evaluate
+from fedpeft.training.prepare import Prepared
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def simulate(config: Config, out: str | pathlib.Path | None = None, resume: bool
         grid = find("simulation", config.simulation.engine)(parts.worker)
         federation = _federation(config, parts, lambda: grid.roster)
         outcome = rounds.run(federation, grid, folder, screen)
-        summary = end(federation, outcome, parts.adapted, parts.split.corpus, parts.split.partition, folder)
+        _draw(parts, folder)
+        summary = end(federation, outcome, parts.adapted, parts.split.corpus.train.label_names, folder)
     screen.finished(summary, folder.path)
     return RunResult(summary, folder.path, outcome.arrays)
 
@@ -88,37 +91,20 @@ def _facts(parts: Parts, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int]]) -> Federation:
-    adapter, layout, drawn = parts.adapted.adapter, parts.adapted.layout(), parts.adapted.read()
-    surveys = [
-        Survey(action, survey.expects(layout), functools.partial(survey.finish, layout=layout))
-        for action, survey in parts.worker.surveys.items()
-    ]
+def _draw(parts: Parts, folder: RunFolder) -> None:
+    train, partition = parts.split.corpus.train, parts.split.partition
+    if train.labels is not None:
+        draw(partitions.label_counts(partition, train), train.label_names, partition.names, folder.path / "partition.png")
 
+
+def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int]]) -> Federation:
     def reported(arrays: Arrays) -> Arrays:
         mine = [(len(parts.worker.nodes[client].train), memory) for client, memory in parts.worker.memory.items()]
         return {**arrays, **weighted_mean(mine, like=mine[0][1])} if parts.strategy.personal and mine else arrays
 
-    def measure(arrays: Arrays) -> Metrics:
-        return evaluate(parts.adapted, parts.task, reported(arrays), parts.test, config.training.per_device_eval_batch_size)
-
-    return Federation(
-        config=config,
-        strategy=parts.strategy,
-        base=parts.adapted.base.fingerprint,
-        data=parts.data_digest,
-        layout=layout,
-        arrays={**drawn, **parts.adapted.merges, **parts.strategy.extras({name: drawn[name] for name in parts.adapted.trained})},
-        trained=parts.adapted.trained,
-        evaluate=measure,
-        primary_metric=parts.task.primary_metric,
-        roster=roster,
-        clients=len(parts.worker.nodes),
-        resting=functools.partial(adapter.resting, layout),
-        settle=functools.partial(adapter.settle, layout=layout),
-        ranks=parts.ranks,
-        surveys=tuple(surveys),
-        reported=reported,
+    ready = Prepared(parts.adapted, parts.strategy, parts.task, parts.worker.surveys)
+    return replace(
+        make(config, ready, parts.test, parts.data_digest, roster, len(parts.worker.nodes), parts.ranks, reported),
         privacy=lambda: None if config.privacy is None else statement(config.privacy, parts.worker.guards),
         memories=parts.worker.memories,
         restore=parts.worker.restore,

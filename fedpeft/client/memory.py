@@ -1,0 +1,165 @@
+"""What a real client remembers, on its own disk: it can be killed at any moment and goes on as if nothing had happened.
+
+    STATE/node                         its Flower node, under which it goes on after a kill
+    STATE/inbox  STATE/outbox          the message that it is working on, and the reply until it has arrived
+    STATE/RUN/task.json                the task it agreed to
+    STATE/RUN/round-00003.safetensors  what the strategy remembers and what was sent but once, after its part in round 3
+    STATE/RUN/sent.jsonl               a line for everything that has left this machine
+
+A round may be asked for again, when the server was killed in it. So what a round starts from is the state after an earlier
+one, whatever this client did in that round before, and the answer is the same again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import time
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from fedpeft import durable
+from fedpeft.errors import Problem, UserError
+from fedpeft.records import Arrays
+
+KEPT = 3  # rounds: a server whose newest checkpoint is torn goes back by two
+
+
+@dataclass(frozen=True)
+class State:
+    """A client after its part in a round."""
+
+    memory: Arrays = field(default_factory=dict)  # of the strategy
+    kept: Arrays = field(default_factory=dict)  # what is sent but once
+
+
+class Folder:
+    """STATE: one client's, used by one process at a time."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock: IO[str] = (path / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(Problem("--state", f"another client uses {path}", do="stop it, or give this one another folder")) from error
+
+    @property
+    def node(self) -> int:
+        """The node that the SuperLink knows this client as; 0 before it has been there."""
+        try:
+            return int((self.path / "node").read_text())
+        except (OSError, ValueError):
+            return 0
+
+    @node.setter
+    def node(self, node: int) -> None:
+        durable.replace(self.path / "node", str(node).encode())
+
+    def read(self, box: str) -> bytes | None:
+        """The message in "inbox" or "outbox"."""
+        path = self.path / box
+        return path.read_bytes() if path.is_file() else None
+
+    def put(self, box: str, message: bytes) -> None:
+        """Keep a message, whatever happens next."""
+        durable.replace(self.path / box, message)
+
+    def empty(self) -> None:
+        """The reply has arrived, or nobody wants it any more."""
+        for box in ("inbox", "outbox"):
+            (self.path / box).unlink(missing_ok=True)
+
+    def newest_task(self) -> bytes | None:
+        """The task that was agreed to last."""
+        tasks = sorted(self.path.glob("*/task.json"), key=lambda path: path.stat().st_mtime)
+        return tasks[-1].read_bytes() if tasks else None
+
+
+class Memory:
+    """One run's part of STATE."""
+
+    def __init__(self, folder: Folder, run: str) -> None:
+        if not run.isalnum() or len(run) > 64:
+            raise UserError(Problem("run", f"{run[:80]!r} is no name of a run"))
+        self.path = folder.path / run
+        self.path.mkdir(exist_ok=True, mode=0o700)
+        self._states: dict[int, State] = {}
+        for file in sorted(self.path.glob("round-*.safetensors")):
+            try:
+                self._states[int(file.stem.partition("-")[2])] = _unpacked(load(file.read_bytes()))
+            except (SafetensorError, ValueError):
+                file.unlink()
+
+    @property
+    def ledger(self) -> pathlib.Path:
+        """What this client may have released in this run, where the run has privacy."""
+        return self.path / "ledger.jsonl"
+
+    def write_task(self, task: bytes) -> None:
+        """Keep the task that was agreed to."""
+        durable.replace(self.path / "task.json", task)
+
+    def before(self, round: int) -> State:
+        """What was remembered before `round`."""
+        return self._states.get(max((known for known in self._states if known < round), default=-1), State())
+
+    def after(self, round: int) -> State:
+        """What was remembered in `round`, for a second question; before it, when the round is not known."""
+        return self._states.get(round) or self.before(round)
+
+    def write(self, round: int, state: State) -> None:
+        """Remember; rounds after `round` are forgotten, as they are to be played again."""
+        durable.replace(self._file(round), durable.tensors(_packed(state)))
+        self._states = {known: kept for known, kept in self._states.items() if known < round} | {round: state}
+        for known in sorted(self._states)[:-KEPT]:
+            del self._states[known]
+        for file in self.path.glob("round-*.safetensors"):
+            if int(file.stem.partition("-")[2]) not in self._states:
+                file.unlink()
+
+    @property
+    def trained(self) -> int:
+        """Answers to training that have left this machine."""
+        return sum(line["action"] == "train" and not line["failed"] for line in self.sent())
+
+    def sent(self) -> list[dict[str, Any]]:
+        """What has left this machine."""
+        path = self.path / "sent.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
+
+    def note_sent(self, line: dict[str, Any]) -> None:
+        """Add a line to what has left this machine, before it leaves."""
+        with (self.path / "sent.jsonl").open("a") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **line}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def forget(self) -> None:
+        """The run is over: only what was sent stays on record."""
+        for file in [*self.path.glob("round-*.safetensors"), self.path / "task.json"]:
+            file.unlink(missing_ok=True)
+        if not (self.path / "sent.jsonl").exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _file(self, round: int) -> pathlib.Path:
+        return self.path / f"round-{round:05d}.safetensors"
+
+
+def _packed(state: State) -> Arrays:
+    return {f"memory/{name}": array for name, array in state.memory.items()} | {f"kept/{name}": array for name, array in state.kept.items()}
+
+
+def _unpacked(arrays: Arrays) -> State:
+    parts: dict[str, Arrays] = {"memory": {}, "kept": {}}
+    for key, array in arrays.items():
+        part, _, name = key.partition("/")
+        parts[part][name] = array
+    return State(parts["memory"], parts["kept"])

@@ -1,0 +1,123 @@
+"""A client's own file: where its data lies, and what it will do for a server. The data owner's word is final.
+
+    data: {name: patients.csv, columns: {text: report, label: finding}}
+    limits: {models: [minilm], max_steps: 100, max_rounds: 50}
+
+Whatever a server asks for beyond the limits is refused, with the reason said on both sides.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from fedpeft import base, lookup, yaml_file
+from fedpeft.config import Config
+from fedpeft.data import corpus
+from fedpeft.data.examples import Examples
+from fedpeft.errors import Problem, Problems, UserError
+from fedpeft.lookup import Settings, find
+from fedpeft.sections import ModelSection
+from fedpeft.training.job import local_steps
+
+
+class Limits(Settings):
+    """What a server may ask for."""
+
+    models: list[str] | dict[str, str] = Field(
+        ["minilm"], description="base models that may be trained on; with values: where a model of that name lies on this machine"
+    )
+    task: str = Field("sequence-classification", description="what the data may be used for")
+    max_steps: int = Field(1000, ge=1, description="most local steps in a round; accumulated batches count as steps")
+    max_rounds: int = Field(100, ge=1, description="most rounds of training in a run, counted on this machine")
+    surveys: bool = Field(True, description="answer surveys before round 1: sums over the data, such as counts of the classes")
+
+
+class OwnFile(Settings):
+    """The file, read and checked."""
+
+    data: dict[str, Any] = Field(description="as the data section of a config")
+    limits: Limits = Limits()
+    device: str = Field("auto", description='"auto", "cpu", "cuda": where this client trains')
+    patience: float = Field(3600.0, gt=0, description="seconds without a server after which the client gives up")
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """A task that is within the limits, as this client runs it."""
+
+    run: str  # the run it belongs to
+    config: Config
+    examples: Examples
+    clients: int  # in the whole federation
+
+
+def load(path: pathlib.Path) -> OwnFile:
+    """Read the file and check everything that can be checked without a server: rows, columns, labels, models, device. Raises UserError."""
+    given, lines = yaml_file.read(path)
+    problems = Problems()
+    try:
+        own = OwnFile.model_validate(given)
+    except ValidationError as error:
+        for detail in error.errors():
+            at = tuple(str(part) for part in detail["loc"])
+            line = f", line {lines[at]}" if at in lines else ""
+            known = OwnFile if len(at) == 1 else Limits
+            allowed = ", ".join(known.model_fields) if detail["type"] == "extra_forbidden" else ""
+            problems.add(f"{'.'.join(at)} ({path}{line})", detail["msg"].lower(), allowed)
+        problems.raise_if_any()
+    with problems.gather():
+        config = Config.from_dict({"data": own.data, "model": {"task": own.limits.task}, "training": {"device": own.device}})
+        _read_examples(config, None)
+        base.choose_device(config.training)
+    task = find("task", own.limits.task)()
+    for place in _places(own.limits).values():
+        with problems.gather():
+            base.skeleton(ModelSection(name=place, task=own.limits.task), task, 2)
+    problems.raise_if_any()
+    return own
+
+
+def agree(own: OwnFile, said: dict[str, Any]) -> Agreed:
+    """The task of a join message as this client runs it. Raises UserError with every reason why it does not."""
+    run, labels, clients = said["run"], [str(label) for label in said["labels"]], int(said["clients"])
+    with lookup.only_installed():  # a name such as "file.py:function" would run what the server names
+        asked = Config.from_dict(said["config"])
+    limits, problems = own.limits, Problems()
+    places = _places(limits)
+    if asked.model.name not in places:
+        problems.add("limits.models", f'the server wants to train "{asked.model.name}"', ", ".join(places))
+    if asked.model.task != limits.task:
+        problems.add("limits.task", f'the server wants {asked.model.task} "{asked.model.task}"', limits.task)
+    if asked.strategy.num_rounds > limits.max_rounds:
+        problems.add("limits.max_rounds", f"the server wants {asked.strategy.num_rounds} rounds", f"at most {limits.max_rounds}")
+    problems.raise_if_any()
+    mine = {key: value for key, value in own.data.items() if key not in ("max_length", "validation_fraction")}
+    shared = {"max_length": asked.data.max_length, "validation_fraction": asked.data.validation_fraction}
+    sections = asked.as_dict()
+    config = Config.from_dict(
+        {
+            **sections,
+            "data": {**mine, **shared},
+            "model": {**sections["model"], "name": places[asked.model.name]},
+            "training": {**sections["training"], "device": own.device},
+        }
+    )
+    examples = _read_examples(config, labels)
+    if (steps := local_steps(config, len(examples)) * config.training.gradient_accumulation_steps) > limits.max_steps:
+        raise UserError(Problem("limits.max_steps", f"the server wants {steps} local steps a round", f"at most {limits.max_steps}"))
+    return Agreed(str(run), config, examples, clients)
+
+
+def _read_examples(config: Config, labels: Sequence[str] | None) -> Examples:
+    roles = find("task", config.model.task)().roles(config.data.columns)
+    return corpus.held_by_client(config.data, roles, labels or config.data.labels)
+
+
+def _places(limits: Limits) -> dict[str, str]:
+    """The name a server may use -> where the model lies here."""
+    return limits.models if isinstance(limits.models, dict) else {name: name for name in limits.models}

@@ -1,0 +1,53 @@
+"""A `Federation` of what was prepared: the same for clients in this process and for real ones."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from fedpeft.config import Config
+from fedpeft.data.encoded import Encoded
+from fedpeft.records import Arrays, Metrics
+from fedpeft.server.federation import Federation, Survey
+from fedpeft.training.evaluate import evaluate
+from fedpeft.training.prepare import Prepared
+
+
+def make(
+    config: Config,
+    ready: Prepared,
+    test: Encoded,
+    data: str,
+    roster: Callable[[], dict[int, int]],
+    clients: int,
+    ranks: dict[int, int],
+    reported: Callable[[Arrays], Arrays] = lambda arrays: arrays,
+) -> Federation:
+    """The server's side of a run, which evaluates what is `reported` of the global arrays on the `test` part; `data` is its digest."""
+    adapted, strategy, adapter = ready.adapted, ready.strategy, ready.adapted.adapter
+    layout, drawn = adapted.layout(), adapted.read()
+
+    def measure(arrays: Arrays) -> Metrics:
+        return evaluate(adapted, ready.task, reported(arrays), test, config.training.per_device_eval_batch_size)
+
+    return Federation(
+        config=config,
+        strategy=strategy,
+        base=adapted.base.fingerprint,
+        data=data,
+        layout=layout,
+        arrays={**drawn, **adapted.merges, **strategy.extras({name: drawn[name] for name in adapted.trained})},
+        trained=adapted.trained,
+        evaluate=measure,
+        primary_metric=ready.task.primary_metric,
+        roster=roster,
+        clients=clients,
+        resting=functools.partial(adapter.resting, layout),
+        settle=functools.partial(adapter.settle, layout=layout),
+        ranks=ranks,
+        surveys=tuple(
+            Survey(action, survey.expects(layout), functools.partial(survey.finish, layout=layout))
+            for action, survey in ready.surveys.items()
+        ),
+        reported=reported,
+    )

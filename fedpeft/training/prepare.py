@@ -1,0 +1,86 @@
+"""What every process of a run loads, alike for the same config: the base with its adapter, the strategy, and the surveys agreed to."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedpeft import base
+from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.adapter import Adapter
+from fedpeft.config import Config
+from fedpeft.errors import Problems
+from fedpeft.lookup import find
+from fedpeft.privacy import planning
+from fedpeft.privacy.guard import Guard
+from fedpeft.privacy.ledger import Ledger
+from fedpeft.privacy.planning import Plan
+from fedpeft.strategies.strategy import Strategy
+from fedpeft.training import private
+from fedpeft.training.job import local_steps
+
+ADAPTER = "adapter"  # the action of the survey that an adapter needs
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that can be trained and evaluated, and what is done with it."""
+
+    adapted: Adapted
+    strategy: Strategy
+    task: Any
+    surveys: Mapping[str, Any]  # action -> survey that the config agrees to
+
+
+def check(config: Config, labels: int, problems: Problems) -> None:
+    """What can be found wrong with model, adapter and device before any weights are read."""
+    task, adapter = find("task", config.model.task)(), config.adapter.build()
+    with problems.gather():
+        skeleton = base.skeleton(config.model, task, labels)
+        adapter.check(skeleton, task.peft_task)
+        positions = getattr(skeleton.config, "max_position_embeddings", None)
+        if positions is not None and config.data.max_length > positions:
+            got = f"{config.data.max_length} tokens are more than the model's {positions} positions"
+            problems.add("data.max_length", got, do="lower it")
+    with problems.gather():
+        base.choose_device(config.training)
+
+
+def prepare(config: Config, labels: int) -> Prepared:
+    """Load the base and put the adapter on it, both as the seed says. Raises UserError."""
+    task = find("task", config.model.task)()
+    adapter: Adapter = config.adapter.build()
+    strategy: Strategy = config.strategy.build()
+    loaded = base.load(config.model, task, labels, config.training, config.seed)
+    adapted = adapter.attach(loaded, task.peft_task, config.seed, train_head=config.training.head == "trained")
+    strategy.check(adapted.layout())
+    adapted.add_sparse(strategy.sparse(adapted.layout(), config.seed))
+    surveys = {config.training.head_init: find("head_init", config.training.head_init)(), ADAPTER: adapter.survey()}
+    return Prepared(adapted, strategy, task, {action: survey for action, survey in surveys.items() if survey and survey.asks})
+
+
+def plans(config: Config, clients: Mapping[str, int]) -> list[Plan]:
+    """What each client will do under privacy, by its name and number of examples. Raises UserError with the problems of all."""
+    assert config.privacy is not None
+    batch = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
+    found, problems = [], Problems()
+    for name, examples in clients.items():
+        with problems.gather():
+            steps = local_steps(config, examples)
+            found.append(planning.plan(config.privacy, name, examples, batch, steps, config.strategy.num_rounds))
+    problems.raise_if_any()
+    return found
+
+
+def guards(
+    config: Config, adapted: Adapted, clients: Mapping[int, tuple[str, int]], ledger: Callable[[int], pathlib.Path | None]
+) -> dict[int, Guard]:
+    """The guard of each client, client -> (its name, number of examples), with its ledger at `ledger(client)`; none without privacy."""
+    if config.privacy is None:
+        return {}
+    private.check(adapted)
+    planned = plans(config, {name: examples for name, examples in clients.values()})
+    C, seed = config.privacy.max_grad_norm, config.privacy.insecure_seed
+    return {client: Guard(plan, Ledger(ledger(client)), C, client, seed) for client, plan in zip(clients, planned, strict=True)}
