@@ -1,6 +1,7 @@
 """Send a round's messages through a Flower `Grid` and gather the replies until all are there or the time is up.
 
-A client whose node goes away in between (it was killed, or cut off) is asked again when it is back soon: its answer is the same.
+A client that goes away in between (it was killed, or cut off) and has lost its message is asked again when it is back soon: its
+answer is the same. One that comes back with its message in hand was never gone, as far as the roster can see.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ def exchange(
     roster: dict[int, int],
     base: str,
     timeout: float,
-    back: Callable[[], dict[int, int]] = dict,
+    there: Callable[[], dict[int, int]] | None = None,
 ) -> Exchange:
-    """Ask every client of `assignments` (at its node in `roster`) and wait at most `timeout` seconds. `back` says who is there now."""
+    """Ask every client of `assignments` (at its node in `roster`) and wait at most `timeout` seconds. `there` says who is there now."""
     ends = time.monotonic() + timeout
     by_id: dict[str, Assignment] = {}
     arrived: dict[int, Message] = {}
@@ -68,12 +69,17 @@ def exchange(
             assignment = by_id.pop(message.metadata.reply_to_message_id, None)
             if assignment is not None:
                 arrived[assignment.client] = message
-                if message.has_error() and message.error.code in AWAY:
+                away.pop(assignment.client, None)
+                if there is not None and message.has_error() and message.error.code in AWAY:
                     away[assignment.client] = min(ends, time.monotonic() + RETURN_SECONDS)
-        if away:
-            there, now = back(), time.monotonic()
-            ask([assignment for assignment in assignments if assignment.client in away.keys() & there.keys()], there)
-            away = {client: until for client, until in away.items() if client not in there and now < until}
+        if there is not None and (by_id or away):
+            now, here = time.monotonic(), there()
+            for client in {assignment.client for assignment in by_id.values()} - here.keys():
+                away.setdefault(client, min(ends, now + RETURN_SECONDS))
+            returned = away.keys() & here.keys()
+            by_id = {message_id: assignment for message_id, assignment in by_id.items() if assignment.client not in returned}
+            ask([assignment for assignment in assignments if assignment.client in returned], here)
+            away = {client: until for client, until in away.items() if client not in returned and now < until}
         if (by_id or away) and time.monotonic() >= ends:
             break
         if by_id or away:

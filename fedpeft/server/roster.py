@@ -66,6 +66,11 @@ class Roster:
         for client in sorted(self._agreed.keys() - there.keys()):
             self.screen.note(f"{self.names[client]} (client {client}) has gone")
             del self._agreed[client]
+        if self._pending:
+            for message in self.grid.pull_messages(sorted(self._pending)):
+                client = self._pending.pop(message.metadata.reply_to_message_id)
+                self._hear(client, message, there)
+        # Only now those who have come: one that left and is back is away for one call at least, so that its message is not waited for.
         come = {client: visit for client, visit in there.items() if self._asked.get(client) != visit}
         for client, visit in sorted(come.items()):
             self._agreed.pop(client, None)
@@ -74,10 +79,6 @@ class Roster:
                 if message_id:
                     self._pending[message_id] = client
                     self._asked[client] = visit
-        if self._pending:
-            for message in self.grid.pull_messages(sorted(self._pending)):
-                client = self._pending.pop(message.metadata.reply_to_message_id)
-                self._hear(client, message, there)
         self.present = sorted(self._agreed)
         return {client: self._agreed[client].node for client in self.present}
 

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import shutil
 import signal
 import time
 
@@ -69,6 +70,36 @@ def test_everybody_dies_and_nothing_happened(stateful, deploy, tmp_path):
     simulate(Config.from_dict(stateful), tmp_path / "simulated")
     deployment = play(deploy(stateful), DEATHS)
     assert_nothing_happened(deployment, tmp_path / "simulated")
+
+
+MORE_DEATHS = {"anna": ("after-sending:1",), "ben": ("receiving:2",), "carla": ("uploading:3",), "server": ("waiting:1", "checkpoint:3")}
+
+
+@pytest.mark.slow
+def test_a_message_that_was_lost_with_its_reader_is_sent_again(stateful, deploy, tmp_path):
+    simulate(Config.from_dict(stateful), tmp_path / "simulated")
+    deployment = play(deploy(stateful), MORE_DEATHS)
+    assert_nothing_happened(deployment, tmp_path / "simulated")
+
+
+@pytest.mark.slow
+def test_a_client_that_lost_its_memory_is_sent_everything_again(stateful, deploy):
+    """Strategies that merge send each merge once: who lost them says so, and the next round brings them all."""
+    deployment = deploy({**stateful, "strategy": {**stateful["strategy"], "num_rounds": 6}})
+    server = deployment.server()
+    clients = [deployment.client(name) for name in NAMES]
+    deployment.wait_for_round(2)
+    clients[2].popen.send_signal(signal.SIGINT)
+    assert clients[2].end(60) == 0
+    shutil.rmtree(deployment.keys / "carla" / "state")
+    clients[2] = deployment.client("carla")
+    assert server.end(200) == 0, server.said
+    assert [client.end(30) for client in clients] == [0, 0, 0]
+    rounds = deployment.rounds()
+    (lost,) = [line for line in rounds if "2" in line["rejected_clients"]]
+    assert lost["rejected_clients"]["2"].startswith("other seed, library or history")
+    assert all(line["accepted"] == 3 for line in rounds[lost["round"] + 1 :])
+    assert lost["round"] < 6
 
 
 @pytest.mark.slow

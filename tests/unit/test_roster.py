@@ -79,11 +79,11 @@ def test_a_client_keeps_its_number_wherever_it_comes_from(listed):
     roster, screen = made(link, listed)
     anna, ben = listed
     link.facts["ben"] = facts(ben, 70)
-    assert roster() == {1: 70}
+    assert [roster(), roster()] == [{}, {1: 70}]
     link.facts["anna"] = facts(anna, 90)
-    assert roster() == {0: 90, 1: 70}
+    assert [roster(), roster()] == [{1: 70}, {0: 90, 1: 70}]
     link.facts["ben"] = facts(ben, 71, activated="tuesday")
-    assert roster() == {0: 90, 1: 71}
+    assert [roster(), roster()] == [{0: 90}, {0: 90, 1: 71}], "it is away for one call"
     assert [(action, client) for action, client, _ in link.asked] == [("join", 1), ("join", 0), ("join", 1)]
     assert "ben (client 1) takes part with 12 examples" in screen.getvalue()
 
@@ -98,7 +98,7 @@ def test_who_is_not_online_or_not_listed_or_revoked_is_not_asked(listed, tmp_pat
     assert roster() == {}
     assert link.asked == []
     link.facts["anna"] = facts(anna, 90)
-    assert roster() == {0: 90}
+    assert [roster(), roster()] == [{}, {0: 90}]
     link.facts["anna"] = facts(anna, 90, online=False)
     assert roster() == {}
     assert "anna (client 0) has gone" in screen.getvalue()
@@ -124,8 +124,7 @@ def test_who_went_while_it_was_asked_to_join_is_asked_again(listed):
     link = Link(lambda assignment, message: answers.pop(0)(assignment, message))
     roster, _ = made(link, listed)
     link.facts["anna"] = facts(listed[0], 90)
-    assert roster() == {}
-    assert roster() == {0: 90}
+    assert [roster(), roster(), roster()] == [{}, {}, {0: 90}]
 
 
 ASKED = [Assignment("train", 1, client, {"x": np.zeros(1, np.float32)}) for client in (0, 1)]
@@ -158,6 +157,20 @@ def test_who_goes_and_comes_back_is_asked_again(listed):
     times = iter([{0: 90}, {0: 90}, {0: 90, 1: 70}])
     traffic = exchange(there(Link(answer), listed), ASKED, NODES, "", 5.0, lambda: next(times))
     assert not any(reply.message.has_error() for reply in traffic.replies)
+    assert seen == [0, 1, 1]
+
+
+def test_whose_message_was_lost_while_nobody_looked_is_asked_again(listed):
+    """It was killed with the message, and was back before the SuperLink could miss it: the roster has seen it come anew."""
+    seen = []
+
+    def answer(assignment, message):
+        seen.append(assignment.client)
+        return [] if seen.count(1) == 1 and assignment.client == 1 else [update(assignment, message)]
+
+    times = iter([{0: 90, 1: 70}, {0: 90}, {0: 90, 1: 70}])
+    traffic = exchange(there(Link(answer), listed), ASKED, NODES, "", 5.0, lambda: next(times))
+    assert not any(reply.message is None for reply in traffic.replies)
     assert seen == [0, 1, 1]
 
 
