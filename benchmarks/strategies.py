@@ -160,7 +160,7 @@ def write(found: dict[tuple[str, str, str], Results]) -> None:
 
 def row(name: str, split: str, group: str, cells: list[Cell], results: Results) -> dict[str, Any]:
     reached = [point for cell in cells if cell.run for point in [reaches(cell.run, TARGETS[name])] if point]
-    curves = [[record.metrics["accuracy"] for record in cell.run.records] for cell in cells if cell.run]
+    curves = [[record.metrics["accuracy"] for record in cell.run.rounds] for cell in cells if cell.run]
     return {
         "set": name,
         "split": split,
