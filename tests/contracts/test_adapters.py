@@ -12,6 +12,7 @@ from fedpeft.adapters import frozen
 from fedpeft.adapters.federable import FEDERABLE, How
 from fedpeft.lookup import TABLES
 from fedpeft.server import ending
+from fedpeft.simulations import run as simulation
 from fedpeft.simulations.assemble import assemble
 from fedpeft.training import evaluate
 
@@ -138,13 +139,18 @@ def test_a_type_that_cannot_be_federated_is_refused_with_what_works(name):
 # --- the whole way -------------------------------------------------------------------------------------------------------
 
 
+def draw_nothing(monkeypatch):
+    """Pictures are tested elsewhere, and take longer than the run."""
+    for place, picture in ((ending, "curves"), (ending, "write_report"), (simulation, "draw")):
+        monkeypatch.setattr(place, picture, lambda *arguments: None)
+
+
 @pytest.mark.parametrize("name", [*WORKING, *VARIANTS])
 def test_a_run_learns_something_and_stock_peft_reloads_it(name, tiny_settings, tiny_bert, tmp_path, monkeypatch):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    for picture in ("curves", "draw", "write_report"):  # they are tested elsewhere, and take longer than the run
-        monkeypatch.setattr(ending, picture, lambda *arguments: None)
+    draw_nothing(monkeypatch)
     config = Config.from_dict({**tiny_settings, "adapter": section(name), "strategy": {"num_rounds": 2}})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -347,8 +353,7 @@ def test_a_resumed_run_ends_at_the_same_bits(name, tiny_settings, tmp_path, monk
     """Clients that are new after a restart get what they cannot draw: merges of round 0, and the choice of layers."""
     import shutil
 
-    for picture in ("curves", "draw", "write_report"):
-        monkeypatch.setattr(ending, picture, lambda *arguments: None)
+    draw_nothing(monkeypatch)
     config = Config.from_dict({**tiny_settings, "adapter": section(name)})
     whole = simulate(config, tmp_path / "run").arrays
     shutil.rmtree(tmp_path / "run" / "checkpoint" / "round-00003")
