@@ -108,6 +108,11 @@ def test_the_ranks_of_the_readme_are_configs():
         assert Config.from_dict({**yaml.safe_load(line), "strategy": {"name": "flora"}}).adapter.build().mixed_ranks
 
 
+def test_the_privacy_of_the_readme_is_a_config():
+    (block,) = [block for block in blocks("yaml") if "target_epsilon" in block]
+    assert Config.from_dict(yaml.safe_load(block)).privacy.target_epsilon == 3
+
+
 def test_the_example_of_the_contributing_guide_is_a_strategy(tmp_path, tiny_settings):
     guide = (ROOT / "CONTRIBUTING.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
