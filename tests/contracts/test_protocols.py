@@ -377,7 +377,8 @@ def test_cores_learn_travel_alone_and_fold_to_a_plain_lora(start, tiny_settings,
     lines = [json.loads(line) for line in (run.folder / "rounds.jsonl").read_text().splitlines()]
     frozen = sum(array.nbytes for name, array in run.arrays.items() if name.endswith(("lora_A.weight", "lora_B.weight")))
     rest = sum(array.nbytes for array in run.arrays.values()) - frozen
-    assert 4 * frozen < lines[1]["bytes_down"] - lines[2]["bytes_down"] < 4 * (frozen + 2000), "A and B travel once"
+    once = lines[1]["bytes_down"] - lines[2]["bytes_down"]
+    assert 4 * frozen < once < 4 * (frozen + 2000) if start == "gradient" else abs(once) < 100, "what the seed does not give travels once"
     assert 4 * rest < lines[2]["bytes_up"] < 4 * (rest + 2000)
     for name, array in run.arrays.items():
         if name.endswith("lora_B.weight"):
