@@ -112,7 +112,9 @@ class Adapter(Settings):
                 config = self.peft_config(peft_task, ())
                 check_head(config, head)
                 model = get_peft_model(skeleton, config)
-            except NotImplementedError:  # it computes with the values of weights, and there are none: LoRA matches the same layers
+            except NotImplementedError:
+                # torch's answer on the meta device: this type (FRoD, say) computes with the values of weights, and a skeleton has
+                # none. What is checked here is which layers match, and LoRA matches the same; values are checked when attached.
                 targets = getattr(self, "target_modules", None)
                 model = get_peft_model(skeleton, LoraConfig(r=1, target_modules=targets, task_type=peft_task))
         except UserError:
