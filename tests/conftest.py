@@ -1,4 +1,4 @@
-"""Shared by all tests: no Hub, no spinning threads, a tiny real-tokenizer BERT, and the small real data where it lies."""
+"""Shared by all tests: no Hub, one thread, a tiny real-tokenizer BERT, and the small real data where it lies."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fedpeft import environment
 
 environment.prepare()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # here and in every process a test starts: other threads, other sums, other bits
 
 ROOT = pathlib.Path(__file__).parent.parent
 REAL_DATA = pathlib.Path(os.environ.get("FEDPEFT_DATA", ROOT.parent / "shared" / "data"))

@@ -26,7 +26,7 @@ from fedpeft.simulations.assemble import deal
 
 NAMES = ("anna", "ben", "carla")
 DYING = str(pathlib.Path(__file__).parent / "dying.py")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1"}
 
 
 @dataclasses.dataclass
