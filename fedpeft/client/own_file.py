@@ -35,6 +35,7 @@ class Limits(Settings):
     max_steps: int = Field(1000, ge=1, description="most local steps in a round; accumulated batches count as steps")
     max_rounds: int = Field(100, ge=1, description="most rounds of training in a run, counted on this machine")
     surveys: bool = Field(True, description="answer surveys before round 1: sums over the data, such as counts of the classes")
+    task_settings: dict[str, Any] = Field({}, description="settings of the task that your rows need to be read, such as multi_label")
 
 
 class OwnFile(Settings):
@@ -71,10 +72,11 @@ def load(path: pathlib.Path) -> OwnFile:
             problems.add(f"{'.'.join(at)} ({path}{line})", detail["msg"].lower(), allowed)
         problems.raise_if_any()
     with problems.gather():
-        config = Config.from_dict({"data": own.data, "model": {"task": own.limits.task}, "training": {"device": own.device}})
+        model = {**own.limits.task_settings, "task": own.limits.task}
+        config = Config.from_dict({"data": own.data, "model": model, "training": {"device": own.device}})
         _read_examples(config, None)
         base.choose_device(config.training)
-    task = find("task", own.limits.task)()
+    task = find("task", own.limits.task)(**own.limits.task_settings)
     for place in _places(own.limits).values():
         with problems.gather():
             base.skeleton(ModelSection(name=place, task=own.limits.task), task, 2)
@@ -114,8 +116,7 @@ def agree(own: OwnFile, said: dict[str, Any]) -> Agreed:
 
 
 def _read_examples(config: Config, labels: Sequence[str] | None) -> Examples:
-    roles = find("task", config.model.task)().roles(config.data.columns)
-    return corpus.held_by_client(config.data, roles, labels or config.data.labels)
+    return corpus.held_by_client(config.data, config.model.build(), labels or config.data.labels)
 
 
 def _places(limits: Limits) -> dict[str, str]:

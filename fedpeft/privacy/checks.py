@@ -15,7 +15,7 @@ def check(config: Any, strategy: Any, adapter: Any) -> None:
     if not strategy.noise_proof:
         got = f"{config.strategy.name} uploads functions of the data that training's noise does not cover"
         problems.append(Problem("strategy.name", got, do="take fedavg, ffa_lora, lora_fair, fed_svd or ro_lora, or leave privacy out"))
-    if config.training.asks_before:
+    if config.training.asks_before and config.model.build().class_statistics:
         got = f"{config.training.head_init} sums the clients' features without noise"
         problems.append(Problem("training.head_init", got, "random, with privacy"))
     if adapter.survey() is not None:

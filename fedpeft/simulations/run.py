@@ -22,6 +22,7 @@ from fedpeft.server.ending import end
 from fedpeft.server.federation import Federation
 from fedpeft.server.making import make
 from fedpeft.server.run_folder import RunFolder
+from fedpeft.simulations import per_client
 from fedpeft.simulations.assemble import Parts, assemble
 from fedpeft.training.prepare import Prepared
 
@@ -59,15 +60,14 @@ def simulate(config: Config, out: str | pathlib.Path | None = None, resume: bool
         if not resume:
             folder.create(config)
         screen.started(config, _facts(parts, folder))
-        if cut := parts.train_truncated:
-            screen.note(
-                f"{cut} of {len(parts.split.corpus.train)} training texts lost their end to data.max_length={config.data.max_length}"
-            )
+        for note in parts.notes:
+            screen.note(note)
         grid = find("simulation", config.simulation.engine)(parts.worker)
         federation = _federation(config, parts, lambda: grid.roster)
         outcome = rounds.run(federation, grid, folder, screen)
         _draw(parts, folder)
-        summary = end(federation, outcome, parts.adapted, parts.split.corpus.train.label_names, folder)
+        clients = per_client.measure(config, parts, federation.reported(outcome.arrays), folder)
+        summary = end(federation, outcome, parts.adapted, parts.split.corpus.train.label_names, folder, {"clients": clients})
     screen.finished(summary, folder.path)
     return RunResult(summary, folder.path, outcome.arrays)
 
