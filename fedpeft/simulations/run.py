@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from fedpeft.privacy.statement import statement
 from fedpeft.quiet import quiet_libraries
 from fedpeft.records import Arrays
 from fedpeft.screen import Screen, choose
-from fedpeft.server import rounds
+from fedpeft.server import rounds, samples
 from fedpeft.server.ending import end
 from fedpeft.server.federation import Federation
 from fedpeft.server.making import make
@@ -64,10 +65,16 @@ def simulate(config: Config, out: str | pathlib.Path | None = None, resume: bool
             screen.note(note)
         grid = find("simulation", config.simulation.engine)(parts.worker)
         federation = _federation(config, parts, lambda: grid.roster)
+        examples = parts.split.corpus.test.take(parts.tested)
+        keep = functools.partial(samples.keep, folder, parts.task, parts.adapted, examples=examples, data=config.data)
+        keep("before", federation.reported(federation.arrays))
         outcome = rounds.run(federation, grid, folder, screen)
+        keep("after", federation.reported(outcome.arrays))
         _draw(parts, folder)
         clients = per_client.measure(config, parts, federation.reported(outcome.arrays), folder)
-        summary = end(federation, outcome, parts.adapted, parts.split.corpus.train.label_names, folder, {"clients": clients})
+        summary = end(
+            federation, outcome, parts.adapted, parts.split.corpus.train.label_names, folder, {"clients": clients, **samples.scores(folder)}
+        )
     screen.finished(summary, folder.path)
     return RunResult(summary, folder.path, outcome.arrays)
 
