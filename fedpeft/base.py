@@ -100,7 +100,7 @@ def load(section: ModelSection, task: Any, label_count: int, training: TrainingS
             section,
             lambda place: task.model_class().from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **how),
         )
-    tokenizer = task.processor(lambda load: _hugging_face(section, load))
+    tokenizer = processor(section, task)
     if (pad := getattr(tokenizer, "pad_token_id", None)) is not None:
         if pad >= model.config.get_text_config().vocab_size:  # a token that was added to the tokenizer and not to the model
             tokenizer.pad_token = tokenizer.eos_token
@@ -109,6 +109,11 @@ def load(section: ModelSection, task: Any, label_count: int, training: TrainingS
     new = {*found["missing_keys"], *_other_shapes(found["mismatched_keys"], model)}
     model = model if section.quantization else model.to(device)
     return Base(model, tokenizer, device, fingerprint(model, new), _fresh(new, task, model))
+
+
+def processor(section: ModelSection, task: Any) -> Any:
+    """The tokenizer or image processor that comes with the base. Raises UserError."""
+    return task.processor(lambda load: _hugging_face(section, load))
 
 
 def _other_shapes(mismatched: Iterable[tuple[Any, ...]], model: Any) -> list[str]:
