@@ -9,8 +9,9 @@ eight categories of instructions is a client. Three ways to spend the same local
   federated  fedavg: 10 rounds of 4 steps at every client
   central    one adapter on all the data, as many steps as a client takes, each on as many examples as all clients together
 
-What is measured is the perplexity of the completions of the pooled test part, a tenth of every category. The learning rate of
-each way is picked on a validation split (a tenth of the training examples) at the first seed. Every cell is kept as soon as it
+What is measured is the perplexity of the completions of the pooled test part, a tenth of every category. The learning rate is
+picked for the first way, where it serves the best of the eight adapters, on a validation split (a tenth of the training
+examples) at the first seed, and all three ways have it. Every cell is kept as soon as it
 is there: a stopped benchmark goes on where it was.
 """
 
@@ -42,7 +43,7 @@ from fedpeft.training.job import Job, Trained  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
 ROUNDS, STEPS, BATCH, CLIENTS = 10, 4, 8, 8
-SEEDS, RATES = (0, 1, 2), (3e-3, 1e-2)
+SEEDS, RATES = (0, 1, 2), (3e-3, 1e-2, 3e-2)
 
 
 def config(data: pathlib.Path, seed: int, rate: float, split: str, **training: Any) -> Config:
@@ -55,7 +56,7 @@ def config(data: pathlib.Path, seed: int, rate: float, split: str, **training: A
                 "name": str(data / "dolly15k/train.jsonl.gz"),
                 "columns": {"prompt": "instruction", "context": "input", "completion": "output", "client": "category", "label": "category"},
                 "max_length": 160,
-                "max_examples": 6000,
+                "max_examples": 3000,
                 "test_fraction": 0.1,
                 "evaluate_on": split,
             },
@@ -132,12 +133,12 @@ def main() -> None:
         found: dict[str, Any] = cells[key]
         return found
 
-    picked = {way: min(RATES, key=lambda rate: cell(way, SEEDS[0], rate, "validation")["perplexity"]) for way in WAYS}
-    rows = [{way: cell(way, seed, picked[way], "test") for way in WAYS} for seed in SEEDS]
+    picked = min(RATES, key=lambda rate: cell("own", SEEDS[0], rate, "validation")["perplexity"])
+    rows = [{way: cell(way, seed, picked, "test") for way in WAYS} for seed in SEEDS]
     write(rows, picked, cells)
 
 
-def write(rows: list[dict[str, Any]], picked: dict[str, float], cells: dict[str, Any]) -> None:
+def write(rows: list[dict[str, Any]], picked: float, cells: dict[str, Any]) -> None:
     """The JSON of everything, and the two shares of the gap that the federation closes."""
     closed = {}
     for against, pick in (("best own", min), ("mean own", np.mean)):
