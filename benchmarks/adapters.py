@@ -2,10 +2,11 @@
 
     python benchmarks/adapters.py [--out DIR] [--only lora fora ...]
 
-Each row is `fedpeft simulate adapter.name=NAME`, with the keys that the table shows. Its learning rate is picked between two
-on a validation split of the first seed with three rounds of training; then it runs on the test part, over three seeds for the
-adapters that the project is named for and one for the others. Trials and runs are kept in DIR: a stopped benchmark goes on
-where it was. Writes benchmarks/results/adapters.json and adapters.md.
+The adapters that the project is named for, three seeds: `fedpeft simulate adapter.name=NAME`, the learning rate picked between
+two on a validation split of the first seed with three rounds of training. All others, one seed and half the rounds, at a rate
+that was set beforehand from their kind (and for those with a file of their own after trials on this very task): the second
+table shows that each learns and reloads, and ranks nothing. Trials and runs are kept in DIR: a stopped benchmark goes on where
+it was. Writes benchmarks/results/adapters.json and adapters.md.
 """
 
 from __future__ import annotations
@@ -31,11 +32,17 @@ from fedpeft.screen import Plain  # noqa: E402
 from fedpeft.units import format_bytes  # noqa: E402
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-FIRST = ["lora", "lora_fa", "fora", "frod", "miss", "lora_sb"]
+NAMED = {  # name -> the two rates to pick from
+    "lora": ["2e-3", "5e-3"],
+    "lora_fa": ["2e-3", "5e-3"],
+    "fora": ["5e-3", "1e-2"],
+    "frod": ["5e-3", "2e-2"],
+    "miss": ["1e-3", "3e-3"],
+    "lora_sb": ["5e-3", "2e-2"],
+}
 SEEDS = 3
-RATES = ["2e-3", "1e-2"]
-FEW_NUMBERS = ["1e-2", "5e-2"]  # where a handful of scales or coefficients train
 TRIAL = ["strategy.num_rounds=3", "data.evaluate_on=validation", "data.validation_fraction=0.2"]
+HALF = "strategy.num_rounds=5"
 VARIANTS = {  # rows beyond one a name: title -> adapter section
     "lora, use_rslora": "{name: lora, use_rslora: true}",
     "lora, init pissa": "{name: lora, init: pissa}",
@@ -44,7 +51,15 @@ VARIANTS = {  # rows beyond one a name: title -> adapter section
     "miss, init_weights bat (Bone)": "{name: miss, init_weights: bat}",
     "shira, mask columns (PaCA)": "{name: shira, mask: columns}",
 }
-WITH_FEW = {"vera", "pvera", "unilora", "fourierft", "waveft", "ia3", "tinylora", "beft", "vblora", "c3a", "road", "lora_sb", "frod"}
+USUAL = "5e-3"
+RATES = {  # of the others, where it is not the usual one
+    **dict.fromkeys(["lora, use_rslora", "randlora", "boft", "oft", "hra", "psoft"], "2e-3"),  # rotations, and large factors
+    **dict.fromkeys(["lora, init lora_ga", "miss, init_weights bat (Bone)"], "1e-3"),
+    **dict.fromkeys(["shira", "shira, mask columns (PaCA)", "supertuning"], "1e-2"),
+    **dict.fromkeys(["ia3", "beft", "tinylora", "road", "c3a", "vblora", "pvera"], "2e-2"),  # a handful of numbers
+    **dict.fromkeys(["fourierft", "waveft"], "3e-2"),
+    **dict.fromkeys(["vera", "unilora"], "5e-2"),
+}
 
 
 def main() -> None:
@@ -52,8 +67,8 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/adapters"))
     parser.add_argument("--only", nargs="+")
     given = parser.parse_args()
-    others = [name for name, facts in FEDERABLE.items() if facts.how is not How.REFUSED and name not in FIRST]
-    sections = {**{name: f"{{name: {name}}}" for name in [*FIRST, *others]}, **VARIANTS}
+    others = [name for name, facts in FEDERABLE.items() if facts.how is not How.REFUSED and name not in NAMED]
+    sections = {**{name: f"{{name: {name}}}" for name in [*NAMED, *others]}, **VARIANTS}
     rows = []
     for title, section in sections.items():
         if given.only is None or title in given.only:
@@ -69,18 +84,22 @@ def folder_of(title: str) -> str:
 def measure(title: str, section: str, out: pathlib.Path) -> dict[str, Any]:
     """The row of one adapter; its reason where it fails."""
     adapter = f"adapter={section}"
-    rates = FEW_NUMBERS if title in WITH_FEW else RATES
     try:
-        trials = [run([adapter, f"training.learning_rate={rate}", *TRIAL], out / f"trial-{rate}") for rate in rates]
-        best = int(np.argmax([trial["metrics"]["accuracy"] for trial in trials]))
-        seeds = range(SEEDS if title in FIRST else 1)
-        runs = [run([adapter, f"training.learning_rate={rates[best]}", f"seed={seed}"], out / f"seed-{seed}") for seed in seeds]
+        if title in NAMED:
+            rates = NAMED[title]
+            trials = [run([adapter, f"training.learning_rate={rate}", *TRIAL], out / f"trial-{rate}") for rate in rates]
+            rate = rates[int(np.argmax([trial["metrics"]["accuracy"] for trial in trials]))]
+            runs = [run([adapter, f"training.learning_rate={rate}", f"seed={seed}"], out / f"seed-{seed}") for seed in range(SEEDS)]
+        else:
+            rate = RATES.get(title, USUAL)
+            trials, runs = [], [run([adapter, f"training.learning_rate={rate}", HALF], out / "seed-0")]
     except UserError as error:
         return {"adapter": title, "failed": str(error)}
     rounds = runs[0]["rounds_completed"]
     return {
         "adapter": title,
-        "learning rate": rates[best],
+        "rounds": rounds,
+        "learning rate": rate,
         "trials": [trial["metrics"]["accuracy"] for trial in trials],
         "parameters": runs[0]["trainable_parameters"],
         "bytes a round": (runs[0]["bytes_up"] + runs[0]["bytes_down"]) / rounds,
@@ -103,7 +122,8 @@ def write(rows: list[dict[str, Any]]) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "adapters.json").write_text(json.dumps({**facts, "seeds": SEEDS, "trial": TRIAL, "rows": rows}, indent=1) + "\n")
     head = "| adapter | learning rate | parameters | bytes a round | before | accuracy | seconds |\n|---|---|---|---|---|---|---|\n"
-    (RESULTS / "adapters.md").write_text(head + "\n".join(line(row) for row in rows) + "\n")
+    tables = [[line(row) for row in rows if (row["adapter"] in NAMED) is named] for named in (True, False)]
+    (RESULTS / "adapters.md").write_text("\n\n".join(head + "\n".join(table) for table in tables if table) + "\n")
 
 
 def line(row: dict[str, Any]) -> str:
@@ -112,7 +132,8 @@ def line(row: dict[str, Any]) -> str:
     before, accuracy = (float(np.mean(row[key])) for key in ("before", "accuracy"))
     each = f" ({', '.join(f'{value:.3f}' for value in row['accuracy'])})" if len(row["accuracy"]) > 1 else ""
     size, seconds = format_bytes(row["bytes a round"]), np.mean(row["seconds"])
-    return f"| {row['adapter']} | {row['learning rate']} | {row['parameters']:,} | {size} | {before:.3f} | {accuracy:.3f}{each} | {seconds:.0f} |"
+    what = f"| {row['adapter']} | {row['learning rate']} | {row['parameters']:,} | {size}"
+    return f"{what} | {before:.3f} | {accuracy:.3f}{each} | {seconds:.0f} |"
 
 
 if __name__ == "__main__":

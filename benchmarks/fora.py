@@ -30,7 +30,8 @@ from fedpeft import environment
 environment.prepare()
 
 import torch  # noqa: E402
-from strategies import said, signed, subset  # noqa: E402
+from sets import subset  # noqa: E402
+from tables import said, signed  # noqa: E402
 
 from fedpeft.intervals import estimate  # noqa: E402
 from fedpeft.simulations.study import run  # noqa: E402
