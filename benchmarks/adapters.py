@@ -2,8 +2,9 @@
 
     python benchmarks/adapters.py [--out DIR] [--only lora fora ...]
 
-The adapters that the project is named for, three seeds: `fedpeft simulate adapter.name=NAME`, the learning rate picked between
-two on a validation split of the first seed with three rounds of training. All others, one seed and half the rounds, at a rate
+Each row is `fedpeft simulate adapter.name=NAME model.dtype=bfloat16`: half the time of the float32 default. The adapters that the
+project is named for run over three seeds, with the learning rate picked between two on a validation split of the first seed
+after three rounds. All others, one seed and half the rounds, at a rate
 that was set beforehand from their kind (and for those with a file of their own after trials on this very task): the second
 table shows that each learns and reloads, and ranks nothing. Trials and runs are kept in DIR: a stopped benchmark goes on where
 it was. Writes benchmarks/results/adapters.json and adapters.md.
@@ -43,6 +44,8 @@ NAMED = {  # name -> the two rates to pick from
 SEEDS = 3
 TRIAL = ["strategy.num_rounds=3", "data.evaluate_on=validation", "data.validation_fraction=0.2"]
 HALF = "strategy.num_rounds=5"
+DTYPE = "model.dtype=bfloat16"
+WHOLE = {"ln_tuning"}  # trains the base's own layer norms, which a base in bfloat16 would round
 VARIANTS = {  # rows beyond one a name: title -> adapter section
     "lora, use_rslora": "{name: lora, use_rslora: true}",
     "lora, init pissa": "{name: lora, init: pissa}",
@@ -83,16 +86,16 @@ def folder_of(title: str) -> str:
 
 def measure(title: str, section: str, out: pathlib.Path) -> dict[str, Any]:
     """The row of one adapter; its reason where it fails."""
-    adapter = f"adapter={section}"
+    adapter = [f"adapter={section}", *([] if title in WHOLE else [DTYPE])]
     try:
         if title in NAMED:
             rates = NAMED[title]
-            trials = [run([adapter, f"training.learning_rate={rate}", *TRIAL], out / f"trial-{rate}") for rate in rates]
+            trials = [run([*adapter, f"training.learning_rate={rate}", *TRIAL], out / f"trial-{rate}") for rate in rates]
             rate = rates[int(np.argmax([trial["metrics"]["accuracy"] for trial in trials]))]
-            runs = [run([adapter, f"training.learning_rate={rate}", f"seed={seed}"], out / f"seed-{seed}") for seed in range(SEEDS)]
+            runs = [run([*adapter, f"training.learning_rate={rate}", f"seed={seed}"], out / f"seed-{seed}") for seed in range(SEEDS)]
         else:
             rate = RATES.get(title, USUAL)
-            trials, runs = [], [run([adapter, f"training.learning_rate={rate}", HALF], out / "seed-0")]
+            trials, runs = [], [run([*adapter, f"training.learning_rate={rate}", HALF], out / "seed-0")]
     except UserError as error:
         return {"adapter": title, "failed": str(error)}
     rounds = runs[0]["rounds_completed"]

@@ -12,8 +12,8 @@ DIR holds sst2/ and ag_news/, each with train.csv.gz and test.csv.gz (columns te
   half the rank  LoRA of rank r / 2 in every layer: half the parameters without an idea
 
 Federated: ten clients, Dirichlet 0.5, eight rounds of five steps. Central: one client that holds everything and takes as
-many steps as all clients together. The learning rate is picked for each arm, set and place between three, on a validation
-split of the first seed. Writes benchmarks/results/fora.json and fora.md.
+many steps as all clients together. The learning rate is picked for each arm and place between three, on a validation split of
+the first seed of the first set, and used on both sets. Writes benchmarks/results/fora.json and fora.md.
 """
 
 from __future__ import annotations
@@ -67,12 +67,15 @@ def main() -> None:
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for place, settings in PLACES.items():
+        picked: list[Settings] = []
         for name in given.sets:
             data = subset(given.data / name, given.out / "data" / name)
             overrides = [f"name={name}", f"data.name={data}", *(f"{key}={value}" for key, value in settings.items())]
             choices = [{"training.learning_rate": rate} for rate in RATES]
-            study = plan(str(HERE / "fora.yaml"), overrides, [list(ARMS.values())], [choices], SEEDS)
-            rows += compared(name, place, run(study, given.out / f"{name}-{place}"))
+            study = plan(str(HERE / "fora.yaml"), overrides, [picked or list(ARMS.values())], [] if picked else [choices], SEEDS)
+            results = run(study, given.out / f"{name}-{place}")
+            picked = picked or [dict(cells[0].settings) for cells in results.arms.values()]
+            rows += compared(name, place, results)
             write(rows)
 
 
