@@ -14,7 +14,7 @@ from fedpeft import Config, simulate
 from fedpeft.data.encoded import Encoded
 from fedpeft.records import Failure, merge_names, merged_round
 from fedpeft.simulations.assemble import assemble
-from fedpeft.training import many, one
+from fedpeft.training import cohort, many, one
 from fedpeft.training.job import Job, rates
 from fedpeft.training.masks import Masks
 from fedpeft.training.optimizers import StackedAdamW
@@ -254,7 +254,7 @@ def test_out_of_memory_halves_the_cohort(tiny_settings, caplog, monkeypatch):
     config, parts = build(tiny_settings, clients=6)
     jobs = jobs_of(parts)
     expected = one.train(parts.adapted, parts.task, config, jobs)
-    run, sizes = many.CohortTraining.run, []
+    run, sizes = cohort.CohortTraining.run, []
 
     def small(training):
         sizes.append(len(training.jobs))
@@ -262,7 +262,7 @@ def test_out_of_memory_halves_the_cohort(tiny_settings, caplog, monkeypatch):
             raise torch.cuda.OutOfMemoryError("out of memory")
         return run(training)
 
-    monkeypatch.setattr(many.CohortTraining, "run", small)
+    monkeypatch.setattr(cohort.CohortTraining, "run", small)
     assert farthest(expected, many.train(parts.adapted, parts.task, config, jobs)) < CLOSE
     assert sizes == [6, 3, 3]
     assert len(said(caplog)) == 1 and "out of GPU memory with 6 clients" in said(caplog)[0]
@@ -369,7 +369,7 @@ def as_products(arrays):
     return found
 
 
-SCALINGS, SHIFTS = many.CohortTraining._scalings, many.CohortTraining._shifts
+SCALINGS, SHIFTS = cohort.CohortTraining._scalings, cohort.CohortTraining._shifts
 SEATS, ADAMW = Pass.seats, StackedAdamW.step
 
 
@@ -387,17 +387,17 @@ def drawn_again(masks, question, shape, keep):
 
 
 ERRORS = {  # one of each kind that training many clients together invites
-    "scaling dropped": (many.CohortTraining, "_scalings", lambda self: {k: torch.ones_like(s) for k, s in SCALINGS(self).items()}),
-    "scaling of another": (many.CohortTraining, "_scalings", lambda self: {k: s[:1].expand_as(s) for k, s in SCALINGS(self).items()}),
-    "clipped together": (many, "_clip", clipped_together),
+    "scaling dropped": (cohort.CohortTraining, "_scalings", lambda self: {k: torch.ones_like(s) for k, s in SCALINGS(self).items()}),
+    "scaling of another": (cohort.CohortTraining, "_scalings", lambda self: {k: s[:1].expand_as(s) for k, s in SCALINGS(self).items()}),
+    "clipped together": (cohort, "_clip", clipped_together),
     "decayed twice": (StackedAdamW, "step", decayed_twice),
     "rates of another": (StackedAdamW, "step", lambda self, v, g, r: ADAMW(self, v, g, r[:1].expand_as(r))),
-    "rates of another round": (many, "rates", lambda config, examples, round: rates(config, examples, 1)),
+    "rates of another round": (cohort, "rates", lambda config, examples, round: rates(config, examples, 1)),
     "mean over the wrong records": (Pass, "shares", lambda self: self.of_rows([1.0 / len(part.batch.rows) for part in self.parts])),
     "adapter of the neighbour": (Pass, "seats", lambda self: [max(0, seat - 1) for seat in SEATS(self)]),
-    "one generator for all": (many, "dropout_seed", lambda config, job: 0),
+    "one generator for all": (cohort, "dropout_seed", lambda config, job: 0),
     "masks in the order of passes": (Masks, "get", drawn_again),
-    "backbones forgotten": (many.CohortTraining, "_shifts", lambda self, own, module: [0 * side for side in SHIFTS(self, own, module)]),
+    "backbones forgotten": (cohort.CohortTraining, "_shifts", lambda self, own, module: [0 * side for side in SHIFTS(self, own, module)]),
     "pulled to zero": (torch.Tensor, "clone", lambda values: torch.zeros_like(values)),
 }
 
