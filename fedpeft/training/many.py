@@ -21,7 +21,7 @@ from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.config import Config
 from fedpeft.lookup import TABLES
-from fedpeft.records import BESIDE, Arrays, Failure
+from fedpeft.records import BESIDE, Failure
 from fedpeft.training import memory, one
 from fedpeft.training.cohort import CohortTraining, Setting
 from fedpeft.training.job import BREAKS, Job, Trained, broken
@@ -36,12 +36,6 @@ def train(adapted: Adapted, task: Any, config: Config, jobs: Sequence[Job]) -> l
     reason = obstacle(adapted)
     if config.training.optimizer not in TABLES["stacked_optimizer"]:
         reason = f"the optimizer {config.training.optimizer} has no form for many clients"
-    if any(job.tail[0] for job in jobs):
-        reason = "a penalty on the last ranks has no stacked form"
-    if any(job.private for job in jobs):
-        reason = "differential privacy has no stacked form yet"
-    if any(job.rules.orthonormal for job in jobs):
-        reason = "Cayley-Adam has no stacked form"
     if reason is None:
         try:
             with seeds.torch_seed(config.seed, adapted.base.device):  # whatever is drawn here, nobody else notices
@@ -66,15 +60,18 @@ def _in_cohorts(setting: Setting, jobs: Sequence[Job]) -> list[Trained | Failure
         alike.setdefault(job.names, []).append(number)
     ended: dict[int, Trained | Failure] = {}
     for numbers in alike.values():
-        size = memory.clients_at_once(setting.config.training, device, max(_numbers(jobs[number].start) for number in numbers))
+        size = memory.clients_at_once(setting.config.training, device, max(_numbers(jobs[number]) for number in numbers))
         for first in range(0, len(numbers), size):
             seated = numbers[first : first + size]
             ended |= zip(seated, _attempt(setting, [jobs[number] for number in seated], 1), strict=True)
     return [ended[number] for number in range(len(jobs))]
 
 
-def _numbers(start: Arrays) -> int:
-    return sum(array.size for name, array in start.items() if not name.startswith(BESIDE))
+def _numbers(job: Job) -> int:
+    """Numbers that train; of the others one copy stands at most."""
+    sizes = {name: array.size for name, array in job.start.items() if not name.startswith(BESIDE)}
+    trained = sum(sizes[name] for name in job.names)
+    return trained + (sum(sizes.values()) - trained) // memory.COPIES
 
 
 def _attempt(setting: Setting, jobs: Sequence[Job], divisor: int) -> list[Trained | Failure]:
