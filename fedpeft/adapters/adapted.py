@@ -120,10 +120,11 @@ class Adapted:
         for pair in self._layout.pairs:
             if pair.A in arrays:
                 self._modules[pair.module].scaling[self.model.active_adapter] = pair.scaling(len(arrays[pair.A]))
-        self._rest(self.adapter.resting(self._layout, arrays))
+        self.rest(arrays)
 
-    def _rest(self, names: frozenset[str]) -> None:
-        """Switch off the layers all of whose tensors stay as they are; they cost nothing then."""
+    def rest(self, arrays: Arrays) -> None:
+        """Switch off the layers all of whose tensors stay as they are under `arrays`; they cost nothing then."""
+        names = self.adapter.resting(self._layout, arrays)
         if names == self.resting:
             return
         self.resting = names

@@ -59,7 +59,7 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
             for stepper in steppers:
                 stepper.zero_grad()
             if job.private is not None:
-                private.into_gradients(adapted, task, job, job.private, trained, training.per_device_train_batch_size)
+                private.into_gradients(adapted, task, job, job.private, trained, private.batch_size(adapted, trained, training))
             else:
                 losses.append(_into_gradients(adapted, task, job, parts))
                 if training.max_grad_norm is not None:

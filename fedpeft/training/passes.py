@@ -86,12 +86,12 @@ def pools(batches: Iterable[Batch], tokens: int) -> Iterator[list[Batch]]:
         yield pool
 
 
-def cut(batches: Sequence[Batch], tokens: int) -> Iterator[Pass]:
-    """All rows of `batches` in passes of at most `tokens` with padding (but at least one row), the longest rows first."""
+def cut(batches: Sequence[Batch], tokens: int, most: int | None = None) -> Iterator[Pass]:
+    """All rows of `batches` in passes of at most `tokens` with padding, and `most` rows, but at least one; the longest rows first."""
     rows = [(length(batch.data, row), number, place) for number, batch in enumerate(batches) for place, row in enumerate(batch.rows)]
     rows.sort(key=lambda row: -row[0])
     while rows:
-        size = max(1, tokens // rows[0][0])
+        size = max(1, min(tokens // rows[0][0], most or len(rows)))
         chosen: dict[int, list[int]] = {}
         for _, number, place in sorted(rows[:size], key=lambda row: row[1:]):
             chosen.setdefault(number, []).append(place)

@@ -17,6 +17,7 @@ from fedpeft.errors import Problem, UserError
 from fedpeft.privacy.mechanism import Mechanism, clipped_sum, released
 from fedpeft.privacy.noise import poisson
 from fedpeft.privacy.per_example import Rows, uncovered, watching
+from fedpeft.sections import TrainingSection
 from fedpeft.training.job import Job
 
 
@@ -30,17 +31,27 @@ def check(adapted: Adapted) -> None:
             raise UserError(Problem("privacy", got, do="take a model with layer norm"))
 
 
-def into_gradients(adapted: Adapted, task: Any, job: Job, mechanism: Mechanism, trained: Mapping[str, Any], batch_size: int) -> None:
-    """Draw a batch, and let the gradients of the `trained` tensors be what the mechanism releases for it."""
+def batch_size(adapted: Adapted, trained: Mapping[str, Any], training: TrainingSection) -> int:
+    """Records of a forward pass: one where no closed form gives their gradients."""
+    return 1 if uncovered(adapted.model, dict(trained)) else training.per_device_train_batch_size
+
+
+def into_gradients(adapted: Adapted, task: Any, job: Job, mechanism: Mechanism, trained: Mapping[str, Any], size: int) -> None:
+    """Draw a batch, and let the gradients of the `trained` tensors be what the mechanism releases for it; `size` is `batch_size`.
+
+    Of factors of a smaller rank than the model's, only what the client has is noised; the rest gets the gradient zero.
+    """
     import torch
 
     rows = poisson(mechanism.noise, len(job.data), mechanism.q)
     total = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
-    for part in np.split(rows, range(batch_size, len(rows), batch_size)) if len(rows) else ():
+    for part in np.split(rows, range(size, len(rows), size)) if len(rows) else ():
         for name, value in clipped_sum(_rows(adapted, task, job, part, trained), mechanism.C).items():
             total[name] += value
-    for name, gradient in released(mechanism, total).items():
-        trained[name].grad = gradient
+    own = {name: value[tuple(map(slice, job.start[name].shape))] for name, value in total.items()}
+    for name, gradient in released(mechanism, own).items():
+        own[name].copy_(gradient)
+        trained[name].grad = total[name]
 
 
 def _rows(adapted: Adapted, task: Any, job: Job, part: Indices, trained: Mapping[str, Any]) -> Rows:
