@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,7 +73,8 @@ class Worker:
                 continue
             metrics = self._validate(self.strategy.own(turn), self.nodes[job.client])
             metrics |= {"loss": trained.loss} if trained.loss is not None else {}
-            metrics |= {"epsilon": self.guards[job.client].epsilon()} if job.client in self.guards else {}
+            epsilon = self.guards[job.client].epsilon() if job.client in self.guards else math.inf
+            metrics |= {"epsilon": epsilon} if math.isfinite(epsilon) else {}
             metrics |= {"fell_back": 1.0} if trained.fell_back else {}
             upload, self.memory[job.client] = self.strategy.end(turn, job.start, trained.arrays)
             answers.append(Update(job.round, job.client, upload, len(job.data), metrics, trained.seconds))

@@ -102,7 +102,7 @@ def serve(config: Config, site: Site, out: pathlib.Path, resume: bool, screen: S
 
 
 def _play(config: Config, parts: Parts, roster: Roster, folder: RunFolder, screen: Screen) -> dict[str, Any]:
-    federation = make(config, parts.ready, parts.test, digest([parts.test]), roster, parts.expected, parts.ranks)
+    federation = make(config, parts.ready, parts.test, digest([parts.test]), roster, parts.expected, parts.ranks, folder.ledger)
     while len(roster()) < config.strategy.min_available_nodes:  # however long they take to come; later a round has its timeout
         time.sleep(wire.POLL_SECONDS)
     outcome: Outcome = rounds.run(federation, roster.grid, folder, screen)

@@ -24,6 +24,7 @@ from fedpeft.server import checkpoint, sampling
 from fedpeft.server.asking import Judged, assign, judge
 from fedpeft.server.exchange import Exchange, exchange
 from fedpeft.server.federation import Federation, Outcome
+from fedpeft.server.private_round import private_round
 from fedpeft.server.run_folder import RunFolder
 from fedpeft.strategies.strategy import Round
 
@@ -40,10 +41,13 @@ def run(federation: Federation, grid: Grid, folder: RunFolder, screen: Screen) -
     else:
         screen.note(f"resuming after round {outcome.records[-1].round}")
     for round in range(outcome.records[-1].round + 1, federation.config.strategy.num_rounds + 1):
-        if _is_stuck(outcome, federation) or _is_spent(outcome, federation):
+        if _is_stuck(outcome, federation) or _is_spent(outcome, federation) or (federation.curator and federation.curator.refusal()):
             break
         _finish_round(federation, outcome, _play(federation, grid, outcome, round), folder, screen)
-    if _is_spent(outcome, federation):
+    unplayed = outcome.records[-1].round < federation.config.strategy.num_rounds
+    if unplayed and federation.curator and (refusal := federation.curator.refusal()):
+        outcome.stopped_because = refusal
+    elif _is_spent(outcome, federation):
         outcome.stopped_because = f"{SPENT}: no client can afford another round of epsilon"
     elif _is_stuck(outcome, federation):
         last = outcome.records[-1]
@@ -111,13 +115,12 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     settings = federation.config.strategy
     times = [time.perf_counter()]
     roster = _wait_for(federation)
-    clients = sampling.choose(
-        [client for client in roster if client not in outcome.spent],
-        settings.fraction_train,
-        settings.min_train_nodes,
-        federation.config.seed,
-        round,
-    )
+    private = private_round(federation, round)
+    if private is not None:
+        clients = private.sample(roster)
+    else:
+        able = [client for client in roster if client not in outcome.spent]
+        clients = sampling.choose(able, settings.fraction_train, settings.min_train_nodes, federation.config.seed, round)
     received, at = outcome.arrays, federation.at(round)
     asked = assign(federation, wire.TRAIN, clients, outcome, round)
     traffic = exchange(grid, asked.assignments, roster, federation.base, settings.round_timeout, federation.roster)
@@ -133,8 +136,10 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     times.append(time.perf_counter())
     moved, said = 0.0, {}
     if len(judged.accepted) >= federation.fewest:
-        combined = federation.strategy.combine(judged.accepted, {**received, **question}, at)
-        applied, outcome.state = federation.strategy.apply(received, combined.arrays, outcome.state)
+        updates = judged.accepted if private is None else private.release(judged.accepted, received, federation, outcome.state)
+        combined = federation.strategy.combine(updates, {**received, **question}, at)
+        applied, state = federation.strategy.apply(received, combined.arrays, outcome.state)
+        outcome.state = state if private is None else state | private.state
         outcome.arrays = federation.settle(applied)
         said = combined.report
         moved = arithmetic.norm(arithmetic.difference({name: outcome.arrays[name] for name in received}, received))
@@ -145,7 +150,8 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
         said = {**said, "left_out_by_rank": sum(asked.left_out.values()) / len(asked.left_out)}
     spent = [end - start for start, end in itertools.pairwise(times)]
     seconds = dict(zip(("exchange", "combine", "evaluate"), spent, strict=True))
-    return _record(round, traffic, judged, metrics, moved, seconds, said)
+    record = _record(round, traffic, judged, metrics, moved, seconds, said)
+    return record if private is None else private.censored(record)
 
 
 def _ask_again(
@@ -177,7 +183,7 @@ def _is_stuck(outcome: Outcome, federation: Federation) -> bool:
     trained = [record for record in outcome.records if record.round > 0]
     num_rounds = federation.config.strategy.num_rounds
     recent = trained[-min(MAX_EMPTY_ROUNDS, num_rounds) :]
-    empty = [record for record in recent if record.accepted < federation.fewest]
+    empty = [record for record in recent if record.accepted < federation.fewest or (record.asked and not record.accepted)]
     return len(empty) == min(MAX_EMPTY_ROUNDS, num_rounds)
 
 

@@ -64,7 +64,7 @@ def simulate(config: Config, out: str | pathlib.Path | None = None, resume: bool
                 f"{cut} of {len(parts.split.corpus.train)} training texts lost their end to data.max_length={config.data.max_length}"
             )
         grid = find("simulation", config.simulation.engine)(parts.worker)
-        federation = _federation(config, parts, lambda: grid.roster)
+        federation = _federation(config, parts, folder, lambda: grid.roster)
         outcome = rounds.run(federation, grid, folder, screen)
         draw_split(parts, folder)
         summary = end(federation, outcome, parts.adapted, parts.split.corpus.train.label_names, folder)
@@ -100,15 +100,17 @@ def draw_split(parts: Parts, folder: RunFolder) -> None:
         draw(partitions.label_counts(partition, train), train.label_names, partition.names, folder.path / "partition.png")
 
 
-def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int]]) -> Federation:
+def _federation(config: Config, parts: Parts, folder: RunFolder, roster: Callable[[], dict[int, int]]) -> Federation:
     def reported(arrays: Arrays) -> Arrays:
         mine = [(len(parts.worker.nodes[client].train), memory) for client, memory in parts.worker.memory.items()]
         return {**arrays, **weighted_mean(mine, like=mine[0][1])} if parts.strategy.personal and mine else arrays
 
     ready = Prepared(parts.adapted, parts.strategy, parts.task, parts.worker.surveys)
+    made = make(config, ready, parts.test, parts.data_digest, roster, len(parts.worker.nodes), parts.ranks, folder.ledger, reported)
+    guards = parts.worker.guards
     return replace(
-        make(config, ready, parts.test, parts.data_digest, roster, len(parts.worker.nodes), parts.ranks, reported),
-        privacy=lambda: None if config.privacy is None else statement(config.privacy, parts.worker.guards),
+        made,
+        privacy=lambda: statement(config.privacy, guards) if config.privacy is not None and guards else made.privacy(),
         memories=parts.worker.memories,
         restore=parts.worker.restore,
     )
