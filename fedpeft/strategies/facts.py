@@ -36,6 +36,7 @@ class Facts:
     stateful: bool
     noise_proof: bool
     summable: bool
+    streams: bool
 
     def __str__(self) -> str:
         said = {
@@ -46,6 +47,7 @@ class Facts:
             "stateful clients": _yes(self.stateful),
             "noise in training protects uploads": _yes(self.noise_proof),
             "secure aggregation": _yes(self.summable),
+            "the server keeps": "sums" if self.streams else "every update of a round",
         }
         return "; ".join([self.paper, *(f"{key}: {value}" for key, value in said.items())])
 
@@ -66,6 +68,7 @@ def facts(name: str) -> Facts:
         stateful=any(part.stateful for part in parts),
         noise_proof=all(part.noise_proof for part in parts),
         summable=all(part.summable for part in parts),
+        streams=strategy.streams,
     )
 
 
