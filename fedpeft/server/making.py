@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from fedpeft.config import Config
 from fedpeft.data.encoded import Encoded
+from fedpeft.errors import Problems
 from fedpeft.records import Arrays, Metrics
 from fedpeft.server.federation import Federation, Survey
 from fedpeft.training.evaluate import evaluate
@@ -51,3 +52,10 @@ def make(
         ),
         reported=reported,
     )
+
+
+def check_global(config: Config, problems: Problems) -> None:
+    """A server that does not hold its clients needs a global model, to evaluate it and to write it."""
+    if config.strategy.build().personal:
+        got = f"{config.strategy.name} leaves a part of every model at its client, so that the server has none to evaluate or to write"
+        problems.add("strategy.name", got, do="take another strategy; fedpeft simulate runs this one")

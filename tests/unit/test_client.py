@@ -9,7 +9,8 @@ import yaml
 from flwr.app import Message
 
 from fedpeft import Config, UserError, flower_private, wire
-from fedpeft.client.memory import Folder, Memory, State
+from fedpeft.client.history import State
+from fedpeft.client.memory import Folder, Memory
 from fedpeft.client.own_file import agree, load
 from fedpeft.client.resident import Resident
 from fedpeft.records import Assignment, Failure, Update
@@ -202,9 +203,9 @@ def test_a_torn_memory_is_passed_over(tmp_path):
     assert len(files) == 3
     files[-1].write_bytes(files[-1].read_bytes()[:-3])
     again = Memory(folder, "run1")
-    assert again.before(6).memory["x"][0] == 4
-    assert again.before(4).memory["x"][0] == 3
-    assert again.before(3) == State()
+    assert again.rounds.before(6).memory["x"][0] == 4
+    assert again.rounds.before(4).memory["x"][0] == 3
+    assert again.rounds.before(3) == State()
 
 
 def test_two_processes_do_not_share_a_memory(tmp_path):
