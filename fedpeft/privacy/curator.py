@@ -19,7 +19,7 @@ latter's sigma_b = m / 20 is impossible with few clients (z < 2 sigma_b): here i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,7 +84,7 @@ class Curator:
     def release(
         self,
         noise: Noise,
-        updates: Sequence[Update],
+        updates: Iterable[Update],
         received: Arrays,
         uploads: Mapping[str, TensorSpec],
         round: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,7 +28,7 @@ class PrivateRound:
         """Those of `clients` that are asked; nobody, now and then."""
         return self.curator.sample(self.noise, clients)
 
-    def release(self, updates: Sequence[Update], received: Arrays, federation: Federation, state: Arrays) -> list[Update]:
+    def release(self, updates: Iterable[Update], received: Arrays, federation: Federation, state: Arrays) -> list[Update]:
         """The one update that the rest of the round may see; charged on disk before it exists."""
         C = float(state.get(CLIPPING_NORM, self.curator.section.clipping_norm))
         uploads = federation.strategy.uploads(federation.trains(received), federation.at(self.round))

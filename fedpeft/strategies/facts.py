@@ -37,6 +37,7 @@ class Facts:
     noise_proof: bool
     summable: bool
     of_mean: bool
+    streams: bool
 
     def __str__(self) -> str:
         said = {
@@ -48,6 +49,7 @@ class Facts:
             "noise in training protects uploads": _yes(self.noise_proof),
             "secure aggregation": _yes(self.summable),
             "privacy of whole clients": _yes(self.of_mean),
+            "the server keeps": "sums" if self.streams else "every update of a round",
         }
         return "; ".join([self.paper, *(f"{key}: {value}" for key, value in said.items())])
 
@@ -69,6 +71,7 @@ def facts(name: str) -> Facts:
         noise_proof=all(part.noise_proof for part in parts),
         summable=all(part.summable for part in parts),
         of_mean=strategy.of_mean,
+        streams=strategy.streams,
     )
 
 

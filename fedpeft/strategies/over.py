@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from fedpeft.errors import UserError
 from fedpeft.lookup import find
 from fedpeft.records import Arrays, Layout, TensorSpec, Update
-from fedpeft.strategies.strategy import Combined, Round, Strategy, Turn
+from fedpeft.strategies.strategy import Combined, Round, Strategy, Turn, streaming
 
 
 class Over(Strategy):
@@ -48,6 +48,11 @@ class Over(Strategy):
             said = f"{type(self).__name__} means nothing over {self.over}: {reason}"
             raise PydanticCustomError("over", "{said}", {"said": said})
         return self
+
+    @property
+    def streams(self) -> bool:
+        """As the inner strategy, unless a subclass needs more."""
+        return super().streams and self.inner.streams
 
     @property
     def fewest(self) -> int:
@@ -131,6 +136,7 @@ class Over(Strategy):
         """As the inner strategy."""
         return self.inner.answers(at)
 
+    @streaming
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
         """As the inner strategy."""
         return self.inner.combine(updates, received, at)
