@@ -23,10 +23,10 @@ SAMPLED = 4096  # values of each tensor that enter the fingerprint
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained model with a new head, all of it frozen, and what turns text into its input."""
+    """A pretrained model, with a new head where the task has one, all of it frozen, and what turns examples into its input."""
 
     model: Any  # transformers.PreTrainedModel
-    tokenizer: Any
+    tokenizer: Any  # or an image processor
     device: str
     fingerprint: str  # equal on two machines when their pretrained weights are
     fresh: tuple[str, ...] = ()  # modules outside the classifier that no checkpoint had: drawn from the seed, trained and saved with it
@@ -61,7 +61,7 @@ def skeleton(section: ModelSection, task: Any, label_count: int) -> Any:
     import torch
     from transformers import AutoConfig
 
-    config = _hugging_face(section, lambda place: AutoConfig.from_pretrained(place, num_labels=label_count))
+    config = _hugging_face(section, lambda place: AutoConfig.from_pretrained(place, **task.model_settings(label_count)))
     with torch.device("meta"):
         return task.model_class().from_config(config)
 
@@ -69,22 +69,22 @@ def skeleton(section: ModelSection, task: Any, label_count: int) -> Any:
 def load(section: ModelSection, task: Any, label_count: int, training: TrainingSection, seed: int) -> Base:
     """Weights and tokenizer of the base, layers that the checkpoint lacks drawn from `seed`. Raises UserError when there is none."""
     import torch
-    from transformers import AutoTokenizer
 
     device = choose_device(training)
     dtype = getattr(torch, section.dtype)
     with seeds.torch_seed(seeds.derive(seed, "head"), device):
         model, found = _hugging_face(
             section,
-            lambda place: task.model_class().from_pretrained(place, num_labels=label_count, dtype=dtype, output_loading_info=True),
+            lambda place: task.model_class().from_pretrained(
+                place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **task.model_settings(label_count)
+            ),
         )
-    tokenizer = _hugging_face(section, AutoTokenizer.from_pretrained)
-    if tokenizer.pad_token is None:  # decoders are often published without one; padded positions are masked anyway
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"  # a classifying decoder reads the last real token; left padding would shift its positions
-    model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer = task.processor(lambda load: _hugging_face(section, load))
+    if (pad := getattr(tokenizer, "pad_token_id", None)) is not None:
+        model.config.pad_token_id = pad
     model.requires_grad_(False)
-    return Base(model.to(device), tokenizer, device, fingerprint(model, found["missing_keys"]), _fresh(found["missing_keys"]))
+    new = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}  # the head of a checkpoint with other classes
+    return Base(model.to(device), tokenizer, device, fingerprint(model, new), _fresh(new))
 
 
 def _fresh(missing: Iterable[str]) -> tuple[str, ...]:

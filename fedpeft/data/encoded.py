@@ -1,10 +1,10 @@
-"""`Encoded`: examples as tokens, unpadded, from which batches are cut; padding never exceeds the longest of a batch."""
+"""`Encoded`: examples as tensors, unpadded, from which batches are cut; padding never exceeds the longest of a batch."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,22 +15,34 @@ from fedpeft.data.examples import Indices
 if TYPE_CHECKING:
     import torch
 
+TOKENS = "input_ids"
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenised examples of one client, or of the server's test split."""
+    """Examples of one client, or of the server's test split, as a task's `encode` made them."""
 
-    inputs: list[dict[str, NDArray[np.int64]]]  # per example: input_ids, attention_mask, ... each [time]
-    labels: NDArray[np.int64]  # [examples]
+    inputs: list[dict[str, NDArray[Any]]]  # per example: input_ids, attention_mask, ... each [time]; or pixel_values
+    labels: NDArray[Any]  # [examples], or [examples, classes]
     label_count: int
     truncated: int = 0  # examples that lost their end to max_length
+    left_out: Mapping[int, str] = field(default_factory=dict)  # rows that cannot be used, each with the reason
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def take(self, rows: Indices) -> Encoded:
-        """The examples at `rows`, in that order; tokens are shared, not copied."""
-        return Encoded([self.inputs[row] for row in rows], self.labels[rows], self.label_count)
+        """The examples at `rows`, in that order, without those that are left out; tensors are shared, not copied."""
+        kept = np.array([row for row in rows if row not in self.left_out], dtype=np.int64) if self.left_out else rows
+        return Encoded([self.inputs[row] for row in kept], self.labels[kept], self.label_count)
+
+    def usable(self) -> Encoded:
+        """The examples that are not left out, in order."""
+        return self.take(np.arange(len(self)))
+
+    def length(self, row: int) -> int:
+        """Tokens of one example: what it takes of a pass."""
+        return len(self.inputs[row][TOKENS])
 
     def batch(self, rows: Indices, tokenizer: Any, device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Inputs [batch, time], padded to the longest row on the tokenizer's side, and labels [batch]."""
@@ -41,9 +53,14 @@ class Encoded:
 
     def by_length(self, size: int) -> Iterator[Indices]:
         """All rows in batches of like length: the least padding, for passes in which order does not matter."""
-        order = np.argsort([len(row["input_ids"]) for row in self.inputs], kind="stable")
+        order = np.argsort([self.length(row) for row in range(len(self))], kind="stable")
         for start in range(0, len(order), size):
             yield order[start : start + size]
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """The examples of all parts, one part after another."""
+    return Encoded([row for part in parts for row in part.inputs], np.concatenate([part.labels for part in parts]), parts[0].label_count)
 
 
 def digest(parts: Sequence[Encoded]) -> str:
@@ -52,5 +69,5 @@ def digest(parts: Sequence[Encoded]) -> str:
     for part in parts:
         sha.update(part.labels.tobytes() + b"|")
         for row in part.inputs:
-            sha.update(row["input_ids"].tobytes() + b"|")
+            sha.update(row[TOKENS].tobytes() + b"|")
     return sha.hexdigest()[:16]

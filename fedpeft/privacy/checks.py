@@ -12,7 +12,7 @@ def check(config: Any, strategy: Any, adapter: Any) -> None:
     if config.privacy is None:
         return
     problems = _of_clients(config, strategy) if config.privacy.of_clients else _of_examples(config, strategy)
-    if config.training.asks_before:
+    if config.training.asks_before and config.model.build().class_statistics:
         got = f"{config.training.head_init} sums the clients' features without noise"
         problems.append(Problem("training.head_init", got, "random, with privacy"))
     if adapter.survey() is not None:

@@ -20,12 +20,12 @@ from fedpeft.config import Config
 from fedpeft.data import corpus
 from fedpeft.data.encoded import Encoded, digest
 from fedpeft.data.examples import Examples
+from fedpeft.data.unusable import usable
 from fedpeft.errors import Problems
 from fedpeft.flower_link import Link, public_key_bytes
 from fedpeft.flower_private import RunOver
 from fedpeft.health import Health
 from fedpeft.keys import Listed, listed, read
-from fedpeft.lookup import find
 from fedpeft.quiet import quiet_libraries
 from fedpeft.records import Arrays
 from fedpeft.screen import Screen
@@ -114,7 +114,7 @@ def _play(config: Config, parts: Parts, roster: Roster, folder: RunFolder, scree
 
 def _assemble(config: Config, site: Site, fresh: RunFolder | None) -> Parts:
     """Load test data, model and adapter, after every problem of the input was looked for."""
-    task_of, problems = find("task", config.model.task)(), Problems()
+    task_of, problems = config.model.build(), Problems()
     clients: list[Listed] = []
     test: Examples | None = None
     for address, where in ((site.address, "--address"), (site.health, "--health")):
@@ -130,7 +130,7 @@ def _assemble(config: Config, site: Site, fresh: RunFolder | None) -> Parts:
         with problems.gather():
             fresh.check_free()
     with problems.gather():
-        test = corpus.held_by_server(config.data, task_of.roles(config.data.columns), config.seed)
+        test = corpus.held_by_server(config.data, task_of, config.seed)
     labels = test.label_names if test else ("", "")
     prepare.check(config, len(labels), problems)
     if clients:
@@ -140,8 +140,9 @@ def _assemble(config: Config, site: Site, fresh: RunFolder | None) -> Parts:
     assert test is not None
     ready = prepare.prepare(config, len(labels))
     ranks = config.adapter.build().ranks([one.name for one in clients], config.seed)
-    encoded = task_of.encode(test, ready.adapted.base.tokenizer, config.data.max_length)
-    return Parts(ready, encoded, labels, clients, {clients[place].client: rank for place, rank in ranks.items()})
+    encoded = task_of.encode(test, ready.adapted.base, config.data)
+    usable_test = usable(encoded.usable(), "the server", test, encoded)
+    return Parts(ready, usable_test, labels, clients, {clients[place].client: rank for place, rank in ranks.items()})
 
 
 def _let_in(link: Link, clients: Sequence[Listed]) -> None:

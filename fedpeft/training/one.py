@@ -99,7 +99,7 @@ def _into_gradients(adapted: Adapted, task: Any, job: Job, parts: Sequence[Indic
             adapted.parameters[name].grad = torch.zeros_like(adapted.parameters[name])
     for rows in parts:
         inputs, labels = job.data.batch(rows, adapted.base.tokenizer, adapted.base.device)
-        share = task.loss(adapted.model(**inputs).logits, labels).sum() / records
+        share = task.losses(adapted.model, inputs, labels).sum() / records
         share.backward()
         loss += float(share.detach())
     return loss
