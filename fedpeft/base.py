@@ -84,7 +84,22 @@ def load(section: ModelSection, task: Any, label_count: int, training: TrainingS
     tokenizer.padding_side = "right"  # a classifying decoder reads the last real token; left padding would shift its positions
     model.config.pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False)
+    if not section.dropout:
+        _without_dropout(model)
     return Base(model.to(device), tokenizer, device, fingerprint(model, found["missing_keys"]), _fresh(found["missing_keys"]))
+
+
+def _without_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout to zero: the modules', and the probabilities that other modules and the config carry."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(vars(holder).items()) if holder is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
 
 
 def _fresh(missing: Iterable[str]) -> tuple[str, ...]:

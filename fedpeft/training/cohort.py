@@ -72,6 +72,7 @@ class CohortTraining:
         schedules = np.zeros((steps[0], len(self.jobs)), np.float32)
         for place, job in enumerate(self.jobs):
             schedules[: steps[place], place] = rates(self.config, len(job.data), job.round)
+        self.adapted.prefix.ready(self.jobs[0].data)
         self.adapted.model.train()
         gradients = self.trained.gradients
         assert gradients is not None
@@ -130,7 +131,7 @@ class CohortTraining:
         for part in one_pass.parts:
             spans.append(Span(part.batch.masks, part.chosen, start))
             start = spans[-1].stop
-        with Dropouts(spans, longest).mode():
+        with self.adapted.prefix.serving(one_pass.data, np.arange(spans[-1].stop)), Dropouts(spans, longest).mode():
             logits = self.adapted.model(**inputs).logits
         loss: torch.Tensor = self.task.loss(logits, labels)
         return loss * torch.tensor(one_pass.shares(), device=self.device)

@@ -17,10 +17,12 @@ def logits(adapted: Adapted, data: Encoded, batch_size: int) -> np.ndarray[Any, 
 
     out: np.ndarray[Any, Any] | None = None
     adapted.model.eval()
+    adapted.prefix.ready(data)
     with torch.no_grad():
         for rows in data.by_length(batch_size):
             inputs, _ = data.batch(rows, adapted.base.tokenizer, adapted.base.device)
-            got = adapted.model(**inputs).logits.float().cpu().numpy()
+            with adapted.prefix.serving(data, rows):
+                got = adapted.model(**inputs).logits.float().cpu().numpy()
             if out is None:
                 out = np.empty((len(data), got.shape[1]), np.float32)
             out[rows] = got

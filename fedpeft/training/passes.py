@@ -7,6 +7,7 @@ less padding than any client has alone. Gradients of a client add up over the pa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,10 +49,14 @@ class Pass:
 
     def tensors(self, tokenizer: Any, device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Inputs [rows, time] and labels [rows]."""
+        return self.data.batch(np.arange(len(self.data)), tokenizer, device)
+
+    @functools.cached_property
+    def data(self) -> Encoded:
+        """The examples of all rows."""
         inputs = [part.batch.data.inputs[part.batch.rows[place]] for part in self.parts for place in part.chosen]
         labels = np.concatenate([part.batch.data.labels[part.batch.rows[part.chosen]] for part in self.parts])
-        joined = Encoded(inputs, labels, self.parts[0].batch.data.label_count)
-        return joined.batch(np.arange(len(inputs)), tokenizer, device)
+        return Encoded(inputs, labels, self.parts[0].batch.data.label_count)
 
     def of_rows(self, values: Sequence[float] | Sequence[int]) -> list[Any]:
         """One value a part, said again for every row of it."""

@@ -20,6 +20,7 @@ from fedpeft.privacy.planning import Plan
 from fedpeft.strategies.strategy import Strategy
 from fedpeft.training import private
 from fedpeft.training.job import local_steps
+from fedpeft.training.prefix import Prefix
 
 ADAPTER = "adapter"  # the action of the survey that an adapter needs
 
@@ -57,6 +58,7 @@ def prepare(config: Config, labels: int) -> Prepared:
     adapted = adapter.attach(loaded, task.peft_task, config.seed, train_head=config.training.head == "trained")
     strategy.check(adapted.layout())
     adapted.add_sparse(strategy.sparse(adapted.layout(), config.seed))
+    adapted.prefix = Prefix(adapted, config.training.prefix_cache, config.training.prefix_cache_gb)
     surveys = {config.training.head_init: find("head_init", config.training.head_init)(), ADAPTER: adapter.survey()}
     return Prepared(adapted, strategy, task, {action: survey for action, survey in surveys.items() if survey and survey.asks})
 
