@@ -99,14 +99,20 @@ def privacy(given: argparse.Namespace) -> None:
         raise UserError(Problem("privacy", "the config asks for none", do="give privacy.target_epsilon, or privacy.noise_multiplier"))
     dealt = deal(config).partition
     planned = plans(config, {name: len(rows) for name, rows in zip(dealt.names, dealt.indices, strict=True)})
-    shown = Table("client", "examples", "q", "sigma", "steps", "epsilon", "delta")
+    unit, part = ("clients", "rounds") if config.privacy.of_clients else ("examples", "steps")
+    shown = Table("client", unit, "q", "sigma", part, "epsilon", "delta")
     for plan in planned:
         steps = plan.steps * plan.rounds
         shown.add_row(
             plan.name, f"{plan.examples:,}", f"{plan.q:.4f}", f"{plan.sigma:.4f}", f"{steps:,}", f"{plan.epsilon:.3f}", f"{plan.delta:.2g}"
         )
     Console().print(shown)
-    print(f"epsilon after {config.strategy.num_rounds} rounds, for a client that takes part in every one; {config.privacy.unit} level")
+    if config.privacy.of_clients:
+        (plan,) = planned
+        noise = plan.sigma / (config.strategy.fraction_train * plan.examples)
+        print(f"every number of the mean has noise of {noise:.3g} times the clipping norm, which bounds the mean as a whole")
+    else:
+        print(f"epsilon after {config.strategy.num_rounds} rounds, for a client that takes part in every one; example level")
 
 
 def study(given: argparse.Namespace) -> None:

@@ -168,6 +168,11 @@ class TrainingSection(Section):
     memory_gb: float | None = Field(
         None, gt=0, description="memory that engine many plans for; null: a quarter of the machine's, or most of what is free on a GPU"
     )
+    length_buckets: int = Field(
+        1,
+        ge=1,
+        description="cut each batch into so many of like length, for less padding; a step holds the same examples (not under privacy)",
+    )
     prefix_cache: Literal["none", "memory", "disk"] = Field(
         "none", description="keep the hidden states that enter the lowest adapted layer, by example, instead of computing them again"
     )
@@ -187,19 +192,48 @@ class TrainingSection(Section):
 
 
 class PrivacySection(Section):
-    """Differential privacy of single examples: clipped, noised steps at the clients, and a budget over the whole run."""
+    """Differential privacy over the whole run: of single examples, by the clients' steps, or of whole clients, at the server."""
 
-    unit: Literal["example"] = Field("example", description="what neighbouring data sets differ by: one example of one client")
-    target_epsilon: float | None = Field(None, gt=0, description="budget of every client over the whole run; sigma is solved for it")
+    unit: Literal["example", "client"] = Field(
+        "example", description="what neighbouring data sets differ by: one example of one client, or a whole client"
+    )
+    target_epsilon: float | None = Field(None, gt=0, description="budget over the whole run; sigma is solved for it")
     noise_multiplier: float | None = Field(None, ge=0, description="sigma, noise over clipping norm, instead of or beside a budget")
-    target_delta: float | None = Field(None, gt=0, lt=1, description="delta; null: 1e-5, or n ** -1.1 for a client with few examples")
-    max_grad_norm: float = Field(1.0, gt=0, description="C, what the gradient of one example is clipped to")
+    target_delta: float | None = Field(None, gt=0, lt=1, description="delta; null: 1e-5, or n ** -1.1 where n (examples, clients) is small")
+    max_grad_norm: float = Field(1.0, gt=0, description="unit example: C, what the gradient of one example is clipped to")
+    clipping_norm: float = Field(
+        1.0, gt=0, description="unit client: C, what a client's whole update is clipped to; at first, where it adapts"
+    )
+    target_quantile: float | None = Field(
+        None, gt=0, lt=1, description="unit client: share of updates to leave unclipped; C moves there, at a cost. null: C stays"
+    )
+    quantile_learning_rate: float = Field(0.2, gt=0, description="unit client: how fast C moves, in its logarithm")
+    quantile_noise: float | None = Field(
+        None, gt=0, description="unit client: noise on the count of unclipped updates; null: a twentieth of the clients asked, or sigma"
+    )
+    amplification: bool = Field(
+        False, description="unit client: count on nobody knowing who took part; the server then throws a secret coin for each client"
+    )
     insecure_seed: int | None = Field(None, description="seed of the noise, for tests: whoever knows it can take the noise off again")
+
+    @property
+    def of_clients(self) -> bool:
+        """The unit is a client."""
+        return self.unit == "client"
 
     @model_validator(mode="after")
     def _noise(self) -> PrivacySection:
         if self.target_epsilon is None and self.noise_multiplier is None:
             raise PydanticCustomError("noise", "give target_epsilon, or noise_multiplier, or both")
+        return self
+
+    @model_validator(mode="after")
+    def _of_this_unit(self) -> PrivacySection:
+        """Keys of the other unit would be read by nobody."""
+        clients = ("clipping_norm", "target_quantile", "quantile_learning_rate", "quantile_noise", "amplification")
+        for key in ("max_grad_norm",) if self.of_clients else clients:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise PydanticCustomError("unit", "{key} means nothing with unit {unit}", {"key": key, "unit": self.unit})
         return self
 
 

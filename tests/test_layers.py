@@ -62,6 +62,7 @@ FLOWER = {
     "roster.py",
     "resident.py",
     "participation.py",
+    "flower_app.py",
 }
 
 

@@ -10,7 +10,7 @@ from fedpeft import Config, UserError, simulate
 from fedpeft.privacy.accounting import Release, epsilon
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.privacy.mechanism import Mechanism
-from fedpeft.privacy.noise import Secure
+from fedpeft.privacy.noise import Insecure, Secure
 from fedpeft.simulations.assemble import assemble
 from fedpeft.training import one, private
 from fedpeft.training.job import Job
@@ -117,13 +117,42 @@ def test_without_noise_and_clipping_the_step_is_the_plain_one(settings):
         np.testing.assert_allclose(moved[name], plain[name], atol=1e-6)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_run_without_noise_and_clipping_is_the_plain_run_over_the_same_batches_bit_for_bit(dropout, settings, tmp_path, monkeypatch):
+    """Privacy of examples is sampling, clipping and noise. With sigma 0 and C infinite the last two are the identity; the
+    first is given to the run without privacy: the same Poisson batches, some of them empty, over the same expected batch."""
+    training = {**settings["training"], "max_grad_norm": None, "max_steps": 6, "per_device_train_batch_size": 2}
+    both = {"training": training, "adapter": {**settings["adapter"], "lora_dropout": dropout}}
+    nothing = {"noise_multiplier": 0.0, "max_grad_norm": float("inf"), "insecure_seed": 4}
+    made, lines = run(settings, tmp_path / "private", privacy=nothing, **both)
+    assert made.summary["privacy"]["epsilon"] is None
+    assert "NO guarantee" in made.summary["privacy"]["noise"]
+    assert [line["accepted"] for line in lines[1:]] == [3, 3, 3]
+
+    sizes, into_gradients = [], one._into_gradients
+
+    def the_same_batches(config, job):
+        noise = Insecure(4, job.round, job.client)
+        drawn = [np.flatnonzero(noise.uniform(len(job.data)) < 2 / len(job.data)) for _ in range(6)]
+        sizes.extend(map(len, drawn))
+        return [np.split(rows, range(2, len(rows), 2)) if len(rows) else [] for rows in drawn]
+
+    monkeypatch.setattr(one, "batches", the_same_batches)
+    monkeypatch.setattr(one, "_into_gradients", lambda adapted, task, job, parts, records: into_gradients(adapted, task, job, parts, 2.0))
+    plain, _ = run(settings, tmp_path / "plain", privacy=None, **both)
+    assert 0 in sizes
+    assert max(sizes) > 2
+    assert all(np.array_equal(made.arrays[name], plain.arrays[name]) for name in plain.arrays)
+    assert made.summary["metrics"] == plain.summary["metrics"]
+
+
 def test_the_slow_path_gives_the_same_rows(settings, monkeypatch):
     _, _, parts, start = one_step(settings, None)
     names = dict(zip(parts.adapted.trained, parts.adapted.train_only(parts.adapted.trained), strict=True))
     job = Job(0, 1, start, parts.adapted.trained, parts.worker.nodes[0].train)
-    fast = private._rows(parts.adapted, parts.task, job, np.arange(5), names)
+    fast = private.rows(parts.adapted, parts.task, job, np.arange(5), names)
     monkeypatch.setattr(private, "uncovered", lambda model, names: ["all of them"])
-    slow = private._rows(parts.adapted, parts.task, job, np.arange(5), names)
+    slow = private.rows(parts.adapted, parts.task, job, np.arange(5), names)
     for name in names:
         largest = float(slow[name].abs().max())
         assert largest > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ from fedpeft.lookup import find
 from fedpeft.privacy.guard import Guard
 from fedpeft.records import Arrays, Assignment, Failure, Metrics, Update, merged_round
 from fedpeft.strategies.strategy import Gradients, Round, Strategy, Turn
-from fedpeft.training import evaluate
+from fedpeft.training import evaluate, memory
 from fedpeft.training.gradients import full_gradients
 from fedpeft.training.job import BREAKS, Job, step_sizes
+
+FEWEST, MOST = 32, 256  # clients of a cohort
 
 
 class Worker:
@@ -51,6 +54,13 @@ class Worker:
         """Fingerprint of the base this worker trains on."""
         return self.adapted.base.fingerprint
 
+    @property
+    def cohort(self) -> int:
+        """How many clients are best asked together: as many as the engine trains at once, or a small multiple; memory needs a bound."""
+        numbers = sum(array.size for array in self.drawn.values())
+        at_once = memory.clients_at_once(self.config.training, self.adapted.base.device, numbers)
+        return min(at_once, MOST) if at_once >= FEWEST else at_once * -(-FEWEST // at_once)
+
     def answer(self, assignments: Sequence[Assignment]) -> list[Update | Failure]:
         """Do what is asked, in the order asked. What breaks is a Failure with its reason, and the rest goes on."""
         for assignment in assignments:
@@ -72,7 +82,8 @@ class Worker:
                 continue
             metrics = self._validate(self.strategy.own(turn), self.nodes[job.client])
             metrics |= {"loss": trained.loss} if trained.loss is not None else {}
-            metrics |= {"epsilon": self.guards[job.client].epsilon()} if job.client in self.guards else {}
+            epsilon = self.guards[job.client].epsilon() if job.client in self.guards else math.inf
+            metrics |= {"epsilon": epsilon} if math.isfinite(epsilon) else {}
             metrics |= {"fell_back": 1.0} if trained.fell_back else {}
             upload, self.memory[job.client] = self.strategy.end(turn, job.start, trained.arrays)
             answers.append(Update(job.round, job.client, upload, len(job.data), metrics, trained.seconds))

@@ -10,6 +10,7 @@ Paper: Abadi et al. 2016 (arXiv:1607.00133), algorithm 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,11 @@ class Mechanism:
     q: float  # probability of a record to take part
     batch: float  # b = q n, the expected batch
     noise: Noise
+
+    @property
+    def does_nothing(self) -> bool:
+        """Clipping and noise are the identity: sigma = 0 and C infinite. What is left is the sampling, and 1 / b."""
+        return self.sigma == 0 and math.isinf(self.C)
 
 
 def clipping(rows: Mapping[str, Any], C: Any) -> tuple[Any, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`LocalGrid`: a Flower `Grid` whose clients live in this process. A round's messages reach the worker as one cohort.
+"""`LocalGrid`: a Flower `Grid` whose clients live in this process. The messages of a push reach the worker as one cohort.
 
 Every message is serialised and read back on the way to a client and on the way home, so that a simulation exercises the
 bytes of a deployment, counts them, and can share nothing by accident.
@@ -22,11 +22,14 @@ CLIENT_RAISED = 2  # Flower's error code for a client whose code raised
 
 
 class LocalGrid(Grid):
-    """Clients in this process, one Flower node each."""
+    """Clients in this process, one Flower node each; `cohort` of them are best sent their messages together."""
+
+    cohorts_at_once = 1  # a push is answered when it returns
 
     def __init__(self, worker: Worker) -> None:
         flower_private.take_identity(RUN_ID)
         self.worker = worker
+        self.cohort = worker.cohort
         self.roster = {client: FIRST_NODE + client for client in sorted(worker.nodes)}
         self._replies: dict[str, Message] = {}
         self._run: Any = None

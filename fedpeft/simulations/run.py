@@ -51,35 +51,37 @@ def simulate(config: Config, out: str | pathlib.Path | None = None, resume: bool
             return simulate(config, out, resume, own)
     if resume and out is None:
         raise UserError(Problem("--resume", "no run to resume", do="give its folder with --out"))
-    folder = RunFolder(pathlib.Path(out) if out is not None else _free_folder(config.name))
+    folder = RunFolder(pathlib.Path(out) if out is not None else free_folder(config.name))
     if resume:
         folder.reopen(config)
     with quiet_libraries():
         parts = assemble(config, None if resume else folder.check_free, folder.ledgers)
         if not resume:
             folder.create(config)
-        screen.started(config, _facts(parts, folder))
+        screen.started(config, facts(parts, folder))
         if cut := parts.train_truncated:
             screen.note(
                 f"{cut} of {len(parts.split.corpus.train)} training texts lost their end to data.max_length={config.data.max_length}"
             )
         grid = find("simulation", config.simulation.engine)(parts.worker)
-        federation = _federation(config, parts, lambda: grid.roster)
+        federation = _federation(config, parts, folder, lambda: grid.roster)
         outcome = rounds.run(federation, grid, folder, screen)
-        _draw(parts, folder)
+        draw_split(parts, folder)
         summary = end(federation, outcome, parts.adapted, parts.split.corpus.train.label_names, folder)
     screen.finished(summary, folder.path)
     return RunResult(summary, folder.path, outcome.arrays)
 
 
-def _free_folder(name: str) -> pathlib.Path:
+def free_folder(name: str) -> pathlib.Path:
+    """runs/NAME, or the first of NAME-2, NAME-3 ... that is not there."""
     folder, number = pathlib.Path("runs") / name, 2
     while folder.exists():
         folder, number = pathlib.Path("runs") / f"{name}-{number}", number + 1
     return folder
 
 
-def _facts(parts: Parts, folder: RunFolder) -> dict[str, Any]:
+def facts(parts: Parts, folder: RunFolder) -> dict[str, Any]:
+    """What is said of a run when it starts."""
     return {
         "clients": len(parts.worker.nodes),
         "train_examples": len(parts.split.corpus.train),
@@ -91,21 +93,24 @@ def _facts(parts: Parts, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _draw(parts: Parts, folder: RunFolder) -> None:
+def draw_split(parts: Parts, folder: RunFolder) -> None:
+    """The picture of who holds how much of which label."""
     train, partition = parts.split.corpus.train, parts.split.partition
     if train.labels is not None:
         draw(partitions.label_counts(partition, train), train.label_names, partition.names, folder.path / "partition.png")
 
 
-def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int]]) -> Federation:
+def _federation(config: Config, parts: Parts, folder: RunFolder, roster: Callable[[], dict[int, int]]) -> Federation:
     def reported(arrays: Arrays) -> Arrays:
         mine = [(len(parts.worker.nodes[client].train), memory) for client, memory in parts.worker.memory.items()]
         return {**arrays, **weighted_mean(mine, like=mine[0][1])} if parts.strategy.personal and mine else arrays
 
     ready = Prepared(parts.adapted, parts.strategy, parts.task, parts.worker.surveys)
+    made = make(config, ready, parts.test, parts.data_digest, roster, len(parts.worker.nodes), parts.ranks, folder.ledger, reported)
+    guards = parts.worker.guards
     return replace(
-        make(config, ready, parts.test, parts.data_digest, roster, len(parts.worker.nodes), parts.ranks, reported),
-        privacy=lambda: None if config.privacy is None else statement(config.privacy, parts.worker.guards),
+        made,
+        privacy=lambda: statement(config.privacy, guards) if config.privacy is not None and guards else made.privacy(),
         memories=parts.worker.memories,
         restore=parts.worker.restore,
     )
