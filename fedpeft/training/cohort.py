@@ -125,10 +125,11 @@ class CohortTraining:
         import torch
 
         inputs, labels = one_pass.tensors(self.adapted.base.tokenizer, self.device)
-        longest = inputs["input_ids"].shape[1]
+        longest = one_pass.time
         self.cohort.sit(one_pass.seats(), longest, self.device)
         spans, start = [], 0
         for part in one_pass.parts:
+            assert part.batch.masks is not None
             spans.append(Span(part.batch.masks, part.chosen, start))
             start = spans[-1].stop
         with self.adapted.prefix.serving(one_pass.data, np.arange(spans[-1].stop)), Dropouts(spans, longest).mode():
@@ -140,7 +141,7 @@ class CohortTraining:
         """Send one row through the model, to see that it can be done and how much may be done at once."""
         import torch
 
-        longest, place = max((len(tokens["input_ids"]), -place) for place, job in enumerate(self.jobs) for tokens in job.data.inputs)
+        longest, place = max((length(job.data, row), -place) for place, job in enumerate(self.jobs) for row in range(len(job.data)))
         data = self.jobs[-place].data
         row = next(row for row in range(len(data)) if length(data, row) == longest)
         masks = Masks(torch.Generator(self.device).manual_seed(0), 1, longest)

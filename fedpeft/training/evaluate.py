@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.data.encoded import Encoded
 from fedpeft.records import Arrays, Metrics
+from fedpeft.sections import TrainingSection
 
 
 def logits(adapted: Adapted, data: Encoded, batch_size: int) -> np.ndarray[Any, Any]:
@@ -35,3 +37,8 @@ def evaluate(adapted: Adapted, task: Any, arrays: Arrays, data: Encoded, batch_s
     adapted.write(arrays)
     metrics: Metrics = task.measure(logits(adapted, data, batch_size), data.labels)
     return metrics
+
+
+def each(adapted: Adapted, task: Any, models: Sequence[tuple[Arrays, Encoded]], training: TrainingSection) -> list[Metrics]:
+    """The task's metrics of many models, each on its own data, one after another."""
+    return [evaluate(adapted, task, arrays, data, training.per_device_eval_batch_size) for arrays, data in models]

@@ -30,7 +30,7 @@ class Batch:
     data: Encoded
     rows: Indices
     share: float  # of each row in the loss of the client's step
-    masks: Masks
+    masks: Masks | None  # None where nothing drops out
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Pass:
         labels = np.concatenate([part.batch.data.labels[part.batch.rows[part.chosen]] for part in self.parts])
         return Encoded(inputs, labels, self.parts[0].batch.data.label_count)
 
+    @property
+    def time(self) -> int:
+        """Tokens of every row, padding included."""
+        return max(length(part.batch.data, int(part.batch.rows[place])) for part in self.parts for place in part.chosen)
+
     def of_rows(self, values: Sequence[float] | Sequence[int]) -> list[Any]:
         """One value a part, said again for every row of it."""
         return [value for value, part in zip(values, self.parts, strict=True) for _ in part.chosen]
@@ -81,7 +86,7 @@ def pools(batches: Iterable[Batch], tokens: int) -> Iterator[list[Batch]]:
     pool: list[Batch] = []
     held = 0
     for batch in batches:
-        size = batch.masks.rows * batch.masks.time
+        size = len(batch.rows) * max(length(batch.data, int(row)) for row in batch.rows)
         if pool and held + size > tokens:
             yield pool
             pool, held = [], 0
