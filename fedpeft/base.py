@@ -83,8 +83,23 @@ def load(section: ModelSection, task: Any, label_count: int, training: TrainingS
     if (pad := getattr(tokenizer, "pad_token_id", None)) is not None:
         model.config.pad_token_id = pad
     model.requires_grad_(False)
+    if not section.dropout:
+        _without_dropout(model)
     new = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}  # the head of a checkpoint with other classes
     return Base(model.to(device), tokenizer, device, fingerprint(model, new), _fresh(new))
+
+
+def _without_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout to zero: the modules', and the probabilities that other modules and the config carry."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(vars(holder).items()) if holder is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
 
 
 def _fresh(missing: Iterable[str]) -> tuple[str, ...]:

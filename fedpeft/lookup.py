@@ -92,6 +92,10 @@ TABLES: dict[str, dict[str, str]] = {
         "one": "fedpeft.training.one:train",
         "many": "fedpeft.training.many:train",
     },
+    "evaluation": {
+        "one": "fedpeft.training.evaluate:each",
+        "many": "fedpeft.training.evaluate_many:each",
+    },
     "optimizer": {
         "adamw": "fedpeft.training.optimizers:adamw",
         "sgd": "fedpeft.training.optimizers:sgd",

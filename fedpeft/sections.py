@@ -76,6 +76,7 @@ class ModelSection(OpenSection):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the frozen base; adapters and head are always float32"
     )
+    dropout: bool = Field(True, description="false: the base's own dropouts are off, whatever its config says")
 
 
 class Columns(Section):
@@ -174,6 +175,15 @@ class TrainingSection(Section):
     memory_gb: float | None = Field(
         None, gt=0, description="memory that engine many plans for; null: a quarter of the machine's, or most of what is free on a GPU"
     )
+    length_buckets: int = Field(
+        1,
+        ge=1,
+        description="cut each batch into so many of like length, for less padding; a step holds the same examples (not under privacy)",
+    )
+    prefix_cache: Literal["none", "memory", "disk"] = Field(
+        "none", description="keep the hidden states that enter the lowest adapted layer, by example, instead of computing them again"
+    )
+    prefix_cache_gb: float = Field(1.0, gt=0, description="most that these states may take; what does not fit is computed each time")
     device: str = Field("auto", description='"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"')
 
     @property

@@ -15,6 +15,7 @@ from fedpeft.adapters.rank_space import CORE, fold
 from fedpeft.errors import Problem, UserError
 from fedpeft.products import Product
 from fedpeft.records import BESIDE, MERGED, Arrays, Layout, Pair, sparse_name
+from fedpeft.training.prefix import Prefix
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,7 @@ class Adapted:
         for wrapper in self._head_wrappers():
             wrapper.register_forward_pre_hook(_as_float32)
         self.backbone = Backbone(model, base.device)
+        self.prefix = Prefix(self)  # keeps nothing until it is told to
         self._layout = self._look()
 
     @property

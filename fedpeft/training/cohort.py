@@ -72,6 +72,7 @@ class CohortTraining:
         schedules = np.zeros((steps[0], len(self.jobs)), np.float32)
         for place, job in enumerate(self.jobs):
             schedules[: steps[place], place] = rates(self.config, len(job.data), job.round)
+        self.adapted.prefix.ready(self.jobs[0].data)
         self.adapted.model.train()
         gradients = self.trained.gradients
         assert gradients is not None
@@ -124,13 +125,14 @@ class CohortTraining:
         import torch
 
         inputs, labels = one_pass.tensors(self.adapted.base.tokenizer, self.device)
-        longest = max(length(part.batch.data, int(part.batch.rows[place])) for part in one_pass.parts for place in part.chosen)
+        longest = one_pass.time
         self.cohort.sit(one_pass.seats(), longest, self.device)
         spans, start = [], 0
         for part in one_pass.parts:
+            assert part.batch.masks is not None
             spans.append(Span(part.batch.masks, part.chosen, start))
             start = spans[-1].stop
-        with Dropouts(spans, longest).mode():
+        with self.adapted.prefix.serving(one_pass.data, np.arange(spans[-1].stop)), Dropouts(spans, longest).mode():
             loss: torch.Tensor = self.task.losses(self.adapted.model, inputs, labels)
         return loss * torch.tensor(one_pass.shares(), device=self.device)
 

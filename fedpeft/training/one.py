@@ -45,6 +45,7 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
     started = time.perf_counter()
     training = config.training
     adapted.write(job.start)
+    adapted.prefix.ready(job.data)
     parameters = adapted.train_only(job.names)
     trained = dict(zip(job.names, parameters, strict=True))
     steppers = optimizers(trained, job.rules, find("optimizer", training.optimizer), training.weight_decay)
@@ -99,7 +100,8 @@ def _into_gradients(adapted: Adapted, task: Any, job: Job, parts: Sequence[Indic
             adapted.parameters[name].grad = torch.zeros_like(adapted.parameters[name])
     for rows in parts:
         inputs, labels = job.data.batch(rows, adapted.base.tokenizer, adapted.base.device)
-        share = task.losses(adapted.model, inputs, labels).sum() / records
+        with adapted.prefix.serving(job.data, rows):
+            share = task.losses(adapted.model, inputs, labels).sum() / records
         share.backward()
         loss += float(share.detach())
     return loss

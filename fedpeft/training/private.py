@@ -83,6 +83,7 @@ def rows(adapted: Adapted, task: Any, job: Job, part: Indices, trained: Mapping[
 
 def _losses(adapted: Adapted, task: Any, job: Job, part: Indices) -> Any:
     inputs, labels = job.data.batch(part, adapted.base.tokenizer, adapted.base.device)
-    losses = task.losses(adapted.model, inputs, labels)
+    with adapted.prefix.serving(job.data, part):
+        losses = task.losses(adapted.model, inputs, labels)
     assert losses.shape == (len(part),), "a loss an example, or examples are coupled"
     return losses

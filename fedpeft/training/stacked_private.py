@@ -13,15 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.config import Config
 from fedpeft.data.examples import Indices
-from fedpeft.privacy.mechanism import Mechanism, clipping, released
-from fedpeft.privacy.noise import poisson
+from fedpeft.privacy.mechanism import clipping, released
 from fedpeft.training.job import Job
-from fedpeft.training.private import batch_size
+from fedpeft.training.private import batch_size, parts
 from fedpeft.training.stacked import Stacked
 
 if TYPE_CHECKING:
@@ -39,12 +36,12 @@ class StackedPrivacy:
         assert len(self.mechanisms) == len(jobs), "clients with and without privacy do not share a cohort"
         self._C = torch.tensor([mechanism.C for mechanism in self.mechanisms], dtype=torch.float64, device=trained.device)
         self._size = batch_size(adapted, {name: adapted.parameters[name] for name in jobs[0].names}, config.training)
+        self._plain_size = config.training.per_device_train_batch_size
 
     def parts(self, place: int) -> list[Indices]:
         """The batch of a client's next step, drawn now, in parts as `one` has them; it may be empty."""
-        mechanism: Mechanism = self.mechanisms[place]
-        rows = poisson(mechanism.noise, len(self.jobs[place].data), mechanism.q)
-        return np.split(rows, range(self._size, len(rows), self._size)) if len(rows) else []
+        mechanism = self.mechanisms[place]
+        return parts(self.jobs[place], mechanism, self._plain_size if mechanism.does_nothing else self._size)
 
     def take(self, seats: torch.Tensor) -> None:
         """Clip the records of the pass that has just been made, whose clients are `seats` [rows], and add each to its client's sum."""

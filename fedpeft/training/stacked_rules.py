@@ -41,7 +41,9 @@ class StackedRules:
         self._anchors = values.clone() if self._pulls.any() else None
         self._drifts = trained.matrix([job.drift for job in jobs]) if any(job.drift for job in jobs) else None
         self._multipliers = {
-            name: torch.from_numpy(np.stack([job.rules.multipliers[name] for job in jobs])).to(device) for name in rules.multipliers
+            name: torch.from_numpy(np.stack([job.rules.multipliers[name] for job in jobs])).to(device)
+            for name in jobs[0].names
+            if name in rules.multipliers
         }
         self._tails = torch.tensor([job.tail[0] for job in jobs], device=device)[:, None, None]  # lambda
         self._cuts = {
@@ -54,8 +56,8 @@ class StackedRules:
         self._optimizer = find("stacked_optimizer", config.training.optimizer)(values[:, : self._usual], config.training.weight_decay)
         self._cayley = {name: StackedCayleyAdam(trained.view(values, name)) for name in self._bound}
         self._scale = torch.ones(1, trained.width if rules.factors else 1, device=device)
-        for name, factor in rules.factors.items():
-            trained.view(self._scale, name).fill_(factor)
+        for name in set(rules.factors) & set(jobs[0].names):
+            trained.view(self._scale, name).fill_(self._factors[name])
 
     def step(self, n: int, rates: torch.Tensor) -> None:
         """Move the first `n` clients by their gradients, at the rates [n, 1] of their schedules."""

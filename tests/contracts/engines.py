@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import torch
 
@@ -89,8 +87,5 @@ def jobs_with_rules(parts, round=2):
             start[name] += 0.5 if name.endswith(GATE) else 0.0
         rules = adapter.rules(layout, start)
         start |= {name: np.linalg.qr(start[name])[0].astype(np.float32) for name in rules.orthonormal & set(names)}
-        rules = dataclasses.replace(
-            rules, orthonormal=rules.orthonormal & set(names), factors={n: f for n, f in rules.factors.items() if n in names}
-        )
         found.append(Job(client, round, start, names, node.train, rules=rules))
     return found

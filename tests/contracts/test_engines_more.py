@@ -10,7 +10,7 @@ from fedpeft.training import cohort, many, one, stacked_rules, stiefel
 
 from .engines import ADAPTERS, CLOSE, TARGETS, build_with, farthest, jobs_with_rules, moved, no_dropout, said
 
-OPTIMIZERS = {"adamw": {}, "sgd": {"optimizer": "sgd", "learning_rate": 0.05}}
+OPTIMIZERS = {"adamw": {"learning_rate": 1e-2}, "sgd": {"optimizer": "sgd", "learning_rate": 0.05}}
 RAGGED = {"max_steps": None, "num_train_epochs": 1, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
 
 
