@@ -76,6 +76,7 @@ class Agreed:
 def load(path: pathlib.Path) -> OwnFile:
     """Read the file and check everything that can be checked without a server: rows, columns, labels, models, device. Raises UserError."""
     given, lines = yaml_file.read(path)
+    levels: list[type[Settings]] = [OwnFile, Limits, LeastPrivacy]
     problems = Problems()
     try:
         own = OwnFile.model_validate(given)
@@ -83,7 +84,7 @@ def load(path: pathlib.Path) -> OwnFile:
         for detail in error.errors():
             at = tuple(str(part) for part in detail["loc"])
             line = f", line {lines[at]}" if at in lines else ""
-            known: Any = {1: OwnFile, 2: Limits}.get(len(at), LeastPrivacy)
+            known = levels[min(len(at), len(levels)) - 1]
             allowed = ", ".join(known.model_fields) if detail["type"] == "extra_forbidden" else ""
             problems.add(f"{'.'.join(at)} ({path}{line})", detail["msg"].lower(), allowed)
         problems.raise_if_any()
