@@ -63,7 +63,29 @@ def skeleton(section: ModelSection, task: Any, label_count: int) -> Any:
 
     config = _hugging_face(section, lambda place: AutoConfig.from_pretrained(place, **task.model_settings(label_count)))
     with torch.device("meta"):
-        return task.model_class().from_config(config)
+        model = task.model_class().from_config(config)
+    if section.quantization is not None:
+        model.config.quantization_config = quantized(section)
+    return model
+
+
+def quantized(section: ModelSection) -> Any:
+    """What tells Transformers to quantise the base. Raises UserError where that cannot be done."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if not torch.cuda.is_available():
+        got = f"{section.quantization} needs a CUDA GPU, and torch finds none here"
+        raise UserError(Problem("model.quantization", got, "null", "model.dtype: bfloat16 halves the base without one"))
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(Problem("model.quantization", "bitsandbytes is not installed", do="pip install 'bitsandbytes>=0.46'"))
+    return BitsAndBytesConfig(
+        load_in_8bit=section.quantization == "8bit",
+        load_in_4bit=section.quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, section.dtype),
+    )
 
 
 def load(section: ModelSection, task: Any, label_count: int, training: TrainingSection, seed: int) -> Base:
@@ -71,22 +93,25 @@ def load(section: ModelSection, task: Any, label_count: int, training: TrainingS
     import torch
 
     device = choose_device(training)
-    dtype = getattr(torch, section.dtype)
+    how = {"dtype": getattr(torch, section.dtype), **task.model_settings(label_count)}
+    if section.quantization is not None:
+        how |= {"quantization_config": quantized(section), "device_map": {"": device}}
     with seeds.torch_seed(seeds.derive(seed, "head"), device):
         model, found = _hugging_face(
             section,
-            lambda place: task.model_class().from_pretrained(
-                place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **task.model_settings(label_count)
-            ),
+            lambda place: task.model_class().from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **how),
         )
     tokenizer = task.processor(lambda load: _hugging_face(section, load))
     if (pad := getattr(tokenizer, "pad_token_id", None)) is not None:
-        model.config.pad_token_id = pad
+        if pad >= model.config.get_text_config().vocab_size:  # a token that was added to the tokenizer and not to the model
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False)
     if not section.dropout:
         _without_dropout(model)
     new = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}  # the head of a checkpoint with other classes
-    return Base(model.to(device), tokenizer, device, fingerprint(model, new), _fresh(new))
+    model = model if section.quantization else model.to(device)
+    return Base(model, tokenizer, device, fingerprint(model, new), _fresh(new))
 
 
 def _without_dropout(model: torch.nn.Module) -> None:

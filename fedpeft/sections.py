@@ -77,13 +77,18 @@ class ModelSection(OpenSection):
         "float32", description="of the frozen base; adapters and head are always float32"
     )
     dropout: bool = Field(True, description="false: the base's own dropouts are off, whatever its config says")
+    quantization: Literal["8bit", "4bit"] | None = Field(None, description="of the frozen base, by bitsandbytes; needs a CUDA GPU")
 
 
 class Columns(Section):
     """Which column of the data plays which part."""
 
-    text: str = Field("text", description="the text")
+    text: str = Field("text", description="the text to classify")
     text_pair: str | None = Field(None, description="the second text of a pair")
+    prompt: str | None = Field("prompt", description="what is asked of a language model; null: it learns plain text")
+    context: str | None = Field(None, description="what the prompt is about, set below it; may be empty")
+    completion: str = Field("completion", description="what a language model should say")
+    messages: str | None = Field(None, description='instead of these: conversations, lists of {"role", "content"}')
     label: str = Field("label", description="the class, or the classes")
     client: str | None = Field("client", description="who owns the row, if there is such a column (partition natural)")
     domain: str | None = Field("domain", description="where the row comes from, if there is such a column (partition domain)")

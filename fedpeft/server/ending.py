@@ -58,7 +58,8 @@ def summarise(federation: Federation, outcome: Outcome, adapted: Adapted, labels
     """The run in one object: the contract of summary.json."""
     config, records = federation.config, outcome.records
     trained = [record for record in records if record.round > 0]
-    best = max(trained or records, key=lambda record: record.metrics[federation.primary_metric])
+    pick = max if federation.higher_is_better else min
+    best = pick(trained or records, key=lambda record: record.metrics[federation.primary_metric])
     return {
         "name": config.name,
         "strategy": config.strategy.name,
@@ -68,6 +69,7 @@ def summarise(federation: Federation, outcome: Outcome, adapted: Adapted, labels
         "rounds_completed": len(trained),
         "stopped_because": outcome.stopped_because,
         "primary_metric": federation.primary_metric,
+        "higher_is_better": federation.higher_is_better,
         "initial": records[0].metrics,
         "metrics": records[-1].metrics,
         "best": {"round": best.round, **best.metrics},

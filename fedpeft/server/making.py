@@ -52,6 +52,7 @@ def make(
         trained=adapted.trained,
         evaluate=measure,
         primary_metric=ready.task.primary_metric,
+        higher_is_better=ready.task.higher_is_better,
         roster=roster,
         clients=clients,
         resting=functools.partial(adapter.resting, layout),

@@ -33,7 +33,7 @@ from fedpeft.server import rounds
 from fedpeft.server.making import check_global, make
 from fedpeft.server.run_folder import RunFolder
 from fedpeft.simulations.assemble import Parts, assemble
-from fedpeft.simulations.run import announce, finish, free_folder
+from fedpeft.simulations.run import announce, finish, free_folder, keep_samples
 from fedpeft.training.prepare import Prepared
 
 PARTITION = "partition-id"  # in a SuperNode's --node-config: Flower's own name for it
@@ -60,6 +60,7 @@ def main(grid: Grid, context: Context) -> None:
         nodes.wait(config.strategy.round_timeout)
         ready = Prepared(parts.adapted, parts.strategy, parts.task, parts.worker.surveys)
         federation = make(config, ready, parts.test, parts.data_digest, nodes, len(parts.worker.nodes), parts.ranks, folder.ledger)
+        keep_samples("before", config, parts, federation, federation.arrays, folder)
         outcome = rounds.run(federation, grid, folder, screen)
         screen.finished(finish(config, parts, federation, outcome, folder), folder.path)
 

@@ -17,7 +17,7 @@ from fedpeft.privacy.statement import statement
 from fedpeft.quiet import quiet_libraries
 from fedpeft.records import Arrays
 from fedpeft.screen import Screen, choose
-from fedpeft.server import rounds
+from fedpeft.server import rounds, samples
 from fedpeft.server.ending import end
 from fedpeft.server.federation import Federation, Outcome
 from fedpeft.server.making import make
@@ -62,6 +62,7 @@ def simulate(config: Config, out: str | pathlib.Path | None = None, resume: bool
         announce(config, parts, folder, screen)
         grid = find("simulation", config.simulation.engine)(parts.worker)
         federation = _federation(config, parts, lambda: grid.roster, folder.ledger)
+        keep_samples("before", config, parts, federation, federation.arrays, folder)
         outcome = rounds.run(federation, grid, folder, screen)
         summary = finish(config, parts, federation, outcome, folder)
     screen.finished(summary, folder.path)
@@ -92,13 +93,21 @@ def announce(config: Config, parts: Parts, folder: RunFolder, screen: Screen) ->
         screen.note(note)
 
 
+def keep_samples(moment: str, config: Config, parts: Parts, federation: Federation, arrays: Arrays, folder: RunFolder) -> None:
+    """Let a model that says something say it, "before" or "after" training."""
+    examples = parts.split.corpus.test.take(parts.tested)
+    samples.keep(folder, parts.task, parts.adapted, moment, federation.reported(arrays), examples=examples, data=config.data)
+
+
 def finish(config: Config, parts: Parts, federation: Federation, outcome: Outcome, folder: RunFolder) -> dict[str, Any]:
     """Draw the split, measure the model client by client, and write the run folder; the summary."""
+    keep_samples("after", config, parts, federation, outcome.arrays, folder)
     train, partition = parts.split.corpus.train, parts.split.partition
     if train.labels is not None:
         draw(partitions.label_counts(partition, train), train.label_names, partition.names, folder.path / "partition.png")
     clients = per_client.measure(config, parts, federation.reported(outcome.arrays), folder)
-    return end(federation, outcome, parts.adapted, parts.split.corpus.train.label_names, folder, {"clients": clients})
+    extra = {"clients": clients, **samples.scores(folder)}
+    return end(federation, outcome, parts.adapted, parts.split.corpus.train.label_names, folder, extra)
 
 
 def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int]], ledger: pathlib.Path | None = None) -> Federation:

@@ -8,6 +8,7 @@ Who asks it what, in the order of a run:
     client/node.py                arrange                    what a client trains on of them
     training/one.py, many.py      losses                     [batch]: records are not coupled, so their gradients may be clipped apart
     training/evaluate.py          outputs, measure           numbers of every record, and the metrics of all
+    server/samples.py             show                       what the model says before and after the run
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.examples import Examples
+from fedpeft.errors import Problem, UserError
 from fedpeft.lookup import Settings
 from fedpeft.records import Metrics
 from fedpeft.sections import Columns, DataSection
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from fedpeft.adapters.adapted import Adapted
     from fedpeft.base import Base
 
 
@@ -44,6 +47,11 @@ class Task(Settings):
     @property
     def higher_is_better(self) -> bool:
         """Whether the primary metric grows as the model gets better."""
+        return True
+
+    @property
+    def records_stay_apart(self) -> bool:
+        """Whether a row of a batch is one example, whose gradient can be clipped alone."""
         return True
 
     @property
@@ -85,6 +93,9 @@ class Task(Settings):
 
         tokenizer = read(AutoTokenizer.from_pretrained)
         if tokenizer.pad_token is None:  # decoders are often published without one; padded positions are masked anyway
+            if tokenizer.eos_token is None:
+                got = "its tokenizer has no token to pad with, and no end token to take instead"
+                raise UserError(Problem("model.name", got, do="set pad_token in the tokenizer_config.json of a local copy"))
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "right"
         return tokenizer
@@ -108,6 +119,10 @@ class Task(Settings):
     @abstractmethod
     def measure(self, outputs: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Metrics:
         """The metrics, from what `outputs` gave for all records [records, numbers] and their labels."""
+
+    def show(self, adapted: Adapted, examples: Examples, data: DataSection) -> list[dict[str, Any]]:
+        """What the model makes of some test examples, for people to read: lines of samples.jsonl, whose numbers are scores."""
+        return []
 
 
 def _short(cell: Any) -> str:
