@@ -80,6 +80,22 @@ def test_the_step_of_both_engines_passes(examples):
     assert not failed(conformance.check(examples))
 
 
+ADAPTERS = {
+    "lora_sb": {"name": "lora_sb", "r": 4, "start": "orthonormal", "target_modules": ["query"]},
+    "fora": {"name": "fora", "r": 2, "layers": 1, "target_modules": ["query"]},
+    "lora_fa": {"name": "lora_fa", "r": 2, "target_modules": ["query"]},
+    "dora": {"name": "dora", "r": 2, "target_modules": ["query"]},
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_step_passes_with_other_adapters(adapter, settings, tmp_path):
+    """What Cayley-Adam (fora) and the correction of lora_fa do comes after the release: their gradients are looked at before it."""
+    strategy = {"name": "fed_sb" if adapter == "lora_sb" else "fedavg", "num_rounds": 2}
+    found = step_of({**settings, "adapter": ADAPTERS[adapter], "strategy": strategy}, tmp_path)
+    assert not failed(conformance.check(found))
+
+
 @pytest.mark.parametrize("own", [{}, {"amplification": True}, {"target_quantile": 0.5}])
 def test_the_release_of_clients_passes(own, tmp_path):
     checks = conformance.check(ClientRound(lambda: curator_of(tmp_path / "server.jsonl", **own)))
