@@ -1,7 +1,7 @@
 """The sections of a config, whose defaults are the quickstart (`configs/quickstart.yaml` says them aloud).
 
 A section with a `name` takes the settings of what it names (`lookup.py`) as further keys: `partition: {name: dirichlet,
-alpha: 0.3}` gives alpha to `data/partitions/dirichlet.py`.
+alpha: 0.3}` gives alpha to `data/partitions/dirichlet.py`. The model's further keys are those of its `task`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ class Section(Settings):
 class OpenSection(Section):
     """A section whose further keys are the settings of what its `name` names."""
 
+    opens: ClassVar[str] = "name"  # the key whose named thing gives the further keys
     fallback: ClassVar[str | None] = None  # what answers to a name that no table holds
     own_keys: ClassVar[frozenset[str]]  # set on a completed class: the keys that are the section's and not the named thing's
     name: str
 
     @classmethod
     def completed(cls, name: str, where: str) -> type[OpenSection]:
-        """This section with the settings of what `name` names as further fields."""
-        model = settings_of(find(cls.named["name"], name, where, cls.fallback))
+        """This section with the settings of what the opening key names as further fields."""
+        model = settings_of(find(cls.named[cls.opens], name, where, cls.fallback))
         fields: dict[str, Any] = {key: (field.annotation, field) for key, field in model.model_fields.items()}
         section = create_model(cls.__name__, __base__=cls, **fields)
         section.own_keys = frozenset(cls.model_fields)
@@ -44,12 +45,12 @@ class OpenSection(Section):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The validated settings of what `name` names, defaults filled in."""
+        """The validated settings of what is named, defaults filled in."""
         return {key: getattr(self, key) for key in type(self).model_fields if key not in self.own_keys}
 
     def check_together(self, key: str, where: Where, problems: Problems) -> None:
         """What the named thing says of its settings as a whole, beyond each for itself."""
-        model = settings_of(find(self.named["name"], self.name, None, self.fallback))
+        model = settings_of(self._named)
         try:
             model.model_validate(self.settings)
         except ValidationError as error:
@@ -57,20 +58,26 @@ class OpenSection(Section):
                 explain(detail, model, (key,), where, problems)
 
     def build(self, *arguments: Any) -> Any:
-        """Call what `name` names with `arguments` and this section's settings."""
-        return find(self.named["name"], self.name, None, self.fallback)(*arguments, **self.settings)
+        """Call what is named with `arguments` and this section's settings."""
+        return self._named(*arguments, **self.settings)
+
+    @property
+    def _named(self) -> Any:
+        return find(self.named[self.opens], getattr(self, self.opens), None, self.fallback)
 
 
-class ModelSection(Section):
-    """The frozen base model."""
+class ModelSection(OpenSection):
+    """The frozen base model, and what it is fine-tuned for; further keys are the task's own."""
 
     named = {"task": "task"}
+    opens = "task"
     name: str = Field("minilm", description='"minilm" (packaged, no download), a folder with a Hugging Face model, or a Hub id')
     task: str = Field("sequence-classification", description="what the model is fine-tuned for")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the frozen base; adapters and head are always float32"
     )
     dropout: bool = Field(True, description="false: the base's own dropouts are off, whatever its config says")
+    quantization: Literal["8bit", "4bit"] | None = Field(None, description="of the frozen base, by bitsandbytes; needs a CUDA GPU")
 
 
 class Columns(Section):
@@ -78,7 +85,11 @@ class Columns(Section):
 
     text: str = Field("text", description="the text to classify")
     text_pair: str | None = Field(None, description="the second text of a pair")
-    label: str = Field("label", description="the class")
+    prompt: str | None = Field("prompt", description="what is asked of a language model; null: it learns plain text")
+    context: str | None = Field(None, description="what the prompt is about, set below it; may be empty")
+    completion: str = Field("completion", description="what a language model should say")
+    messages: str | None = Field(None, description='instead of these: conversations, lists of {"role", "content"}')
+    label: str = Field("label", description="the class, or the classes")
     client: str | None = Field("client", description="who owns the row, if there is such a column (partition natural)")
     domain: str | None = Field("domain", description="where the row comes from, if there is such a column (partition domain)")
 
@@ -161,7 +172,8 @@ class TrainingSection(Section):
         "trained", description="the classification head: trained and averaged, or left as initialised"
     )
     head_init: str = Field(
-        "class_statistics", description="the head before round 1: random, or from class statistics summed over the clients"
+        "class_statistics",
+        description="the head before round 1: random, or from class statistics summed over the clients (where an example has one class)",
     )
     engine: str = Field("one", description="one: a client at a time; many: many in one pass, with the same numbers")
     clients_at_once: int | None = Field(None, ge=1, description="clients that engine many trains together; null: what memory_gb allows")

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from hearing import noise_heard
 
 from fedpeft import Config, UserError, simulate
 from fedpeft.privacy.accounting import Release, epsilon
@@ -17,7 +18,9 @@ def settings(tiny_settings):
 
 
 def run(settings, out, resume=False, **own):
-    result = simulate(Config.from_dict({**settings, **own}), out, resume)
+    config = Config.from_dict({**settings, **own})
+    with noise_heard(config.privacy is not None and config.privacy.noise_multiplier != 0):
+        result = simulate(config, out, resume)
     return result, [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from hearing import noise_heard
 
 from fedpeft import Config, UserError, simulate
 from fedpeft.privacy.accounting import Release, epsilon
@@ -22,7 +23,9 @@ def settings(tiny_settings):
 
 
 def run(settings, out, **own):
-    result = simulate(Config.from_dict({**settings, **own}), out)
+    config = Config.from_dict({**settings, **own})
+    with noise_heard(config.privacy is not None and config.privacy.noise_multiplier != 0):
+        result = simulate(config, out)
     return result, [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
 
 
@@ -173,7 +176,26 @@ def test_strategies_run_under_privacy(strategy, settings, tmp_path):
     assert result.summary["privacy"]["epsilon"] > 0
 
 
+OTHER_ADAPTERS = {
+    "fora": ({"name": "fora", "r": 2, "layers": 1, "target_modules": ["query"]}, "fedavg"),
+    "lora_sb": ({"name": "lora_sb", "r": 4, "start": "orthonormal", "target_modules": ["query"]}, "fed_sb"),
+    "lora_fa": ({"name": "lora_fa", "r": 2, "target_modules": ["query"]}, "fedavg"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ADAPTERS)
+def test_adapters_with_rules_of_their_own_run_under_privacy(name, settings, tmp_path):
+    """Orthonormal factors stay so (Cayley-Adam on a noisy gradient), and cores train; a start from gradients is refused below."""
+    adapter, strategy = OTHER_ADAPTERS[name]
+    result, _ = run(settings, tmp_path / "run", adapter=adapter, strategy={"name": strategy, "num_rounds": 2})
+    assert result.summary["rejected_updates"] == 0
+    assert result.summary["privacy"]["epsilon"] > 0
+    for factor in (array for key, array in result.arrays.items() if name == "fora" and key.endswith("lora_B.weight")):
+        np.testing.assert_allclose(factor.T @ factor, np.eye(2), atol=1e-5)
+
+
 REFUSED = {
+    "scores in the start": ({"adapter": {"name": "fora"}}, "adapter.name"),
     "a head from sums of features": ({"training": {"head_init": "class_statistics"}}, "training.head_init"),
     "gradients in the upload": ({"strategy": {"name": "fedsmooth_lora"}}, "strategy.name"),
     "gradients in the start": ({"adapter": {"name": "lora_sb"}, "strategy": {"name": "fed_sb"}}, "adapter.name"),

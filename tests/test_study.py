@@ -20,9 +20,10 @@ from fedpeft.runs import Run, read_run
 from fedpeft.simulations import study_epsilon
 from fedpeft.simulations.study_plan import plan
 from fedpeft.simulations.study_results import Cell, Results
+from fedpeft.tasks.sequence_classification import SequenceClassification
 
 TWO_ARMS = ["--vary", "strategy.name=fedavg,ffa_lora"]
-ROLES = {"text": "text"}
+READ = SequenceClassification()
 MOODY = """
 import pathlib
 from fedpeft.errors import Problem, RunStopped, UserError
@@ -384,7 +385,7 @@ def test_validation_is_part_of_the_training_examples_and_the_test_part_is_gone(t
     name = str(topics_with_a_test["true"] if own_test_split else topics_csv)
     section = {"name": name, "test_fraction": 0.25}
     usual, choosing = (
-        corpus.load(Config.from_dict({"data": {**section, "evaluate_on": split}}).data, ROLES, seed) for split in ("test", "validation")
+        corpus.load(Config.from_dict({"data": {**section, "evaluate_on": split}}).data, READ, seed) for split in ("test", "validation")
     )
     assert texts(choosing.train) | texts(choosing.test) == texts(usual.train)
     assert not texts(choosing.train) & texts(choosing.test)
@@ -396,7 +397,7 @@ def test_validation_is_part_of_the_training_examples_and_the_test_part_is_gone(t
 def test_a_validation_part_of_nothing_is_refused(topics_with_a_test):
     section = {"name": str(topics_with_a_test["true"]), "test_fraction": 0.0, "evaluate_on": "validation"}
     with pytest.raises(UserError, match=r"data\.test_fraction: 0\.0 of 72 examples leaves nothing to test on; raise it: the validation"):
-        corpus.load(Config.from_dict({"data": section}).data, ROLES, 0)
+        corpus.load(Config.from_dict({"data": section}).data, READ, 0)
 
 
 def test_json_says_what_became_of_the_study(study, tmp_path):

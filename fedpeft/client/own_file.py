@@ -51,6 +51,7 @@ class Limits(Settings):
     privacy: LeastPrivacy | None = Field(
         None, description="least privacy of a run, as {max_epsilon: 3, max_delta: 1.0e-5, unit: example}; null: none is asked for"
     )
+    task_settings: dict[str, Any] = Field({}, description="settings of the task that your rows need to be read, such as multi_label")
 
 
 class OwnFile(Settings):
@@ -75,6 +76,7 @@ class Agreed:
 def load(path: pathlib.Path) -> OwnFile:
     """Read the file and check everything that can be checked without a server: rows, columns, labels, models, device. Raises UserError."""
     given, lines = yaml_file.read(path)
+    levels: list[type[Settings]] = [OwnFile, Limits, LeastPrivacy]
     problems = Problems()
     try:
         own = OwnFile.model_validate(given)
@@ -82,15 +84,16 @@ def load(path: pathlib.Path) -> OwnFile:
         for detail in error.errors():
             at = tuple(str(part) for part in detail["loc"])
             line = f", line {lines[at]}" if at in lines else ""
-            known = {1: OwnFile, 2: Limits}.get(len(at), LeastPrivacy)
+            known = levels[min(len(at), len(levels)) - 1]
             allowed = ", ".join(known.model_fields) if detail["type"] == "extra_forbidden" else ""
             problems.add(f"{'.'.join(at)} ({path}{line})", detail["msg"].lower(), allowed)
         problems.raise_if_any()
     with problems.gather():
-        config = Config.from_dict({"data": own.data, "model": {"task": own.limits.task}, "training": {"device": own.device}})
+        model = {**own.limits.task_settings, "task": own.limits.task}
+        config = Config.from_dict({"data": own.data, "model": model, "training": {"device": own.device}})
         _read_examples(config, None)
         base.choose_device(config.training)
-    task = find("task", own.limits.task)()
+    task = find("task", own.limits.task)(**own.limits.task_settings)
     for place in _places(own.limits).values():
         with problems.gather():
             base.skeleton(ModelSection(name=place, task=own.limits.task), task, 2)
@@ -158,8 +161,7 @@ def _private_enough(config: Config, least: LeastPrivacy, examples: int, clients:
 
 
 def _read_examples(config: Config, labels: Sequence[str] | None) -> Examples:
-    roles = find("task", config.model.task)().roles(config.data.columns)
-    return corpus.held_by_client(config.data, roles, labels or config.data.labels)
+    return corpus.held_by_client(config.data, config.model.build(), labels or config.data.labels)
 
 
 def _places(limits: Limits) -> dict[str, str]:

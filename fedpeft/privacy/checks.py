@@ -12,9 +12,12 @@ def check(config: Any, strategy: Any, adapter: Any) -> None:
     if config.privacy is None:
         return
     problems = _of_clients(config, strategy) if config.privacy.of_clients else _of_examples(config, strategy)
-    if config.training.asks_before:
+    if config.training.asks_before and config.model.build().class_statistics:
         got = f"{config.training.head_init} sums the clients' features without noise"
         problems.append(Problem("training.head_init", got, "random, with privacy"))
+    if not config.model.build().records_stay_apart:
+        got = "packed records share a row, and the gradient of one of them cannot be clipped alone"
+        problems.append(Problem("model.packing", got, "false, with privacy"))
     if adapter.survey() is not None:
         got = f"{config.adapter.name} starts from sums over the clients' data, without noise"
         problems.append(Problem("adapter.name", got, do="take a start that is drawn from the seed"))

@@ -90,14 +90,17 @@ class Curator:
         round: int,
         C: float,
     ) -> Released:
-        """Charge the round, on disk, and then make what it may show. `uploads` says what every update holds."""
-        self.ledger.reserve(round, self.plan.release)
+        """Add up the updates, read once; charge the round, on disk; and only then make what it may show.
+
+        `uploads` says what every update holds.
+        """
         total, below = {name: np.zeros(spec.shape) for name, spec in sorted(uploads.items())}, 0.0
         for update in updates:
             clipped, fits = clip(arithmetic.difference(update.arrays, received), C)
             below += fits - 0.5
             for name, into in total.items():
                 into += clipped[name]
+        self.ledger.reserve(round, self.plan.release)
         for name, into in total.items():
             if self.sigma:
                 into += (gaussian(noise, into.size) * (self.sigma * C)).reshape(into.shape)

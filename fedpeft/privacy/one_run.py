@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-CONFIDENCE = 0.95
+CONFIDENCE = 0.99  # an audit that is run on every build may not cry wolf
 GUESSED = 0.2  # share of the canaries that are guessed: those with the highest and the lowest scores
 LARGEST = 30.0  # epsilon beyond which no bound is looked for
 

@@ -29,7 +29,8 @@ TAIL = 12.0  # standard deviations of the output that are looked at
 
 def read(path: pathlib.Path) -> tuple[list[Release], int | None]:
     """(releases, number of the first line that does not follow from those before it, or None) of a ledger's file."""
-    previous, found = "0" * 64, []
+    previous = "0" * 64
+    found: list[Release] = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         entry = json.loads(line)
         if entry["prev"] != previous:
@@ -82,5 +83,5 @@ def _losses(release: Release, grid: NDArray[np.float64], removed: bool) -> NDArr
     loss, mass = (ratio, (1 - q) * without + q * shifted) if removed else (-ratio, without)
     place = (np.clip(loss, grid[0], grid[-2]) - grid[0]) / (grid[1] - grid[0])
     left = place.astype(np.int64)
-    found = np.bincount(left, mass * (1 - (place - left)), len(grid)) + np.bincount(left + 1, mass * (place - left), len(grid))
-    return found
+    near, far = np.bincount(left, mass * (1 - (place - left)), len(grid)), np.bincount(left + 1, mass * (place - left), len(grid))
+    return np.asarray(near + far, np.float64)

@@ -36,6 +36,7 @@ class Federation:
     trained: tuple[str, ...]
     evaluate: Callable[[Arrays], Metrics]  # on the server's test split
     primary_metric: str
+    higher_is_better: bool  # of the primary metric
     roster: Callable[[], dict[int, int]]  # client -> Flower node, of those that are there
     clients: int  # that belong to the federation
     resting: Callable[[Arrays], frozenset[str]] = lambda arrays: frozenset()  # tensors that neither train nor travel (Adapter.resting)

@@ -26,12 +26,12 @@ def make(
     roster: Callable[[], dict[int, int]],
     clients: int,
     ranks: dict[int, int],
-    ledger: pathlib.Path,
+    ledger: pathlib.Path | None,
     reported: Callable[[Arrays], Arrays] = lambda arrays: arrays,
 ) -> Federation:
     """The server's side of a run, which evaluates what is `reported` of the global arrays on the `test` part; `data` is its digest.
 
-    Where whole clients are private, the server's ledger is kept at `ledger`. Raises UserError for one that was edited.
+    Where whole clients are private, the server's ledger is kept at `ledger` (None: in memory alone). Raises UserError for an edited one.
     """
     adapted, strategy, adapter = ready.adapted, ready.strategy, ready.adapted.adapter
     layout, drawn = adapted.layout(), adapted.read()
@@ -52,6 +52,7 @@ def make(
         trained=adapted.trained,
         evaluate=measure,
         primary_metric=ready.task.primary_metric,
+        higher_is_better=ready.task.higher_is_better,
         roster=roster,
         clients=clients,
         resting=functools.partial(adapter.resting, layout),

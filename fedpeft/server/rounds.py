@@ -135,6 +135,7 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     arriving = judge(
         traffic, federation, lambda client: federation.strategy.uploads(trained, federation.at(round, client)), judged, received
     )
+    combined: Combined | None
     if private is not None:
         released = private.release(arriving, received, federation, outcome.state)
         combined, answered = federation.strategy.combine(released, received, at), judged

@@ -143,7 +143,8 @@ def _tune(arm: Arm, out: pathlib.Path, json: bool) -> tuple[Candidate | None, li
         for candidate, (run, reason) in zip(arm.candidates, stands, strict=True)
     ]
     scores = {index: cell.result("final") for index, cell in enumerate(cells) if cell.run}
-    best = max(scores, key=lambda index: scores[index], default=None)
+    pick = max if all(cell.run.higher_is_better for cell in cells if cell.run) else min
+    best = pick(scores, key=lambda index: scores[index], default=None)
     return None if best is None else arm.candidates[best], [Trial(cell, index == best) for index, cell in enumerate(cells)]
 
 

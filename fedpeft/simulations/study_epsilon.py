@@ -63,15 +63,19 @@ def draw(found: Costs, metric: str, path: pathlib.Path) -> None:
     axes = figure.subplots()
     budgets = sorted({budget for line in found.values() for budget in line})
     looks = itertools.cycle(itertools.product(STYLES, COLOURS))
-    for number, ((name, line), (style, colour)) in enumerate(zip(found.items(), looks, strict=False)):
+    drawn = []
+    for number, (line, (style, colour)) in enumerate(zip(found.values(), looks, strict=False)):
         shift = 0.06 * (number - (len(found) - 1) / 2)  # so that intervals do not hide each other
         x = [budgets.index(budget) + shift for budget in line]
         half = [estimate.half_width or 0.0 for estimate in line.values()]
         means = [math.nan if estimate.mean is None else estimate.mean for estimate in line.values()]
-        axes.errorbar(x, means, yerr=half, linestyle=style, color=colour, marker="o", markersize=3.5, linewidth=1.6, capsize=3)
-        axes.lines[-1].set_label(f"_{name}")
+        drawn.append(
+            axes.errorbar(x, means, yerr=half, linestyle=style, color=colour, marker="o", markersize=3.5, linewidth=1.6, capsize=3)
+        )
     _label(axes, budgets, metric)
-    legend = figure.legend(axes.containers, list(found), loc="outside lower center", ncols=min(3, len(found)), frameon=False)
+    legend = figure.legend(
+        [container.lines[0] for container in drawn], list(found), loc="outside lower center", ncols=min(3, len(found)), frameon=False
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)
     figure.savefig(path, format="png")

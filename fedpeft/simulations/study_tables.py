@@ -98,7 +98,7 @@ def _page(results: Results) -> str:
     ]
     if results.target is not None:
         said = "means over the seeds that get there, and how many do"
-        parts.append(f"Rounds and bytes until {results.metric} is first {results.target:g} or more: {said}.")
+        parts.append(f"Rounds and bytes until {results.metric} is first {results.target:g} or better: {said}.")
     parts.append("![the metric against rounds and bytes](study.png)")
     if costs := study_epsilon.costs(results):
         said = f"{results.metric} against epsilon: arms that differ in nothing but privacy are a row; mean and {INTERVAL} over the seeds."

@@ -133,8 +133,7 @@ class CohortTraining:
             spans.append(Span(part.batch.masks, part.chosen, start))
             start = spans[-1].stop
         with self.adapted.prefix.serving(one_pass.data, np.arange(spans[-1].stop)), Dropouts(spans, longest).mode():
-            logits = self.adapted.model(**inputs).logits
-        loss: torch.Tensor = self.task.loss(logits, labels)
+            loss: torch.Tensor = self.task.losses(self.adapted.model, inputs, labels)
         return loss * torch.tensor(one_pass.shares(), device=self.device)
 
     def _probe(self) -> None:

@@ -67,10 +67,10 @@ def _together(adapted: Adapted, task: Any, models: Sequence[Model], training: Tr
     found: list[dict[int, Any]] = [{} for _ in models]
     with stacked(adapted, cohort), torch.no_grad():
         for one_pass in cut(batches, tokens, most):
-            inputs, _ = one_pass.tensors(adapted.base.tokenizer, adapted.base.device)
+            inputs, labels = one_pass.tensors(adapted.base.tokenizer, adapted.base.device)
             cohort.sit(one_pass.seats(), one_pass.time, adapted.base.device)
             with adapted.prefix.serving(one_pass.data, np.arange(len(one_pass.data))):
-                outputs = iter(adapted.model(**inputs).logits.float().cpu().numpy())
+                outputs = iter(task.outputs(adapted.model, inputs, labels).float().cpu().numpy())
             for part in one_pass.parts:
                 found[part.batch.seat] |= {row: next(outputs) for row in part.chosen}
     return [

@@ -101,7 +101,7 @@ def _into_gradients(adapted: Adapted, task: Any, job: Job, parts: Sequence[Indic
     for rows in parts:
         inputs, labels = job.data.batch(rows, adapted.base.tokenizer, adapted.base.device)
         with adapted.prefix.serving(job.data, rows):
-            share = task.loss(adapted.model(**inputs).logits, labels).sum() / records
+            share = task.losses(adapted.model, inputs, labels).sum() / records
         share.backward()
         loss += float(share.detach())
     return loss

@@ -78,7 +78,7 @@ class Pass:
 
 def length(data: Encoded, row: int) -> int:
     """Tokens of one example."""
-    return len(data.inputs[row]["input_ids"])
+    return data.length(row)
 
 
 def pools(batches: Iterable[Batch], tokens: int) -> Iterator[list[Batch]]:

@@ -18,6 +18,7 @@ from fedpeft.privacy.guard import Guard
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.privacy.planning import Plan
 from fedpeft.strategies.strategy import Strategy
+from fedpeft.tasks.task import Task
 from fedpeft.training import private
 from fedpeft.training.job import local_steps
 from fedpeft.training.prefix import Prefix
@@ -31,13 +32,13 @@ class Prepared:
 
     adapted: Adapted
     strategy: Strategy
-    task: Any
+    task: Task
     surveys: Mapping[str, Any]  # action -> survey that the config agrees to
 
 
 def check(config: Config, labels: int, problems: Problems) -> None:
     """What can be found wrong with model, adapter and device before any weights are read."""
-    task, adapter = find("task", config.model.task)(), config.adapter.build()
+    task, adapter = config.model.build(), config.adapter.build()
     with problems.gather():
         skeleton = base.skeleton(config.model, task, labels)
         adapter.check(skeleton, task.peft_task)
@@ -51,7 +52,7 @@ def check(config: Config, labels: int, problems: Problems) -> None:
 
 def prepare(config: Config, labels: int) -> Prepared:
     """Load the base and put the adapter on it, both as the seed says. Raises UserError."""
-    task = find("task", config.model.task)()
+    task: Task = config.model.build()
     adapter: Adapter = config.adapter.build()
     strategy: Strategy = config.strategy.build()
     loaded = base.load(config.model, task, labels, config.training, config.seed)
@@ -59,7 +60,9 @@ def prepare(config: Config, labels: int) -> Prepared:
     strategy.check(adapted.layout())
     adapted.add_sparse(strategy.sparse(adapted.layout(), config.seed))
     adapted.prefix = Prefix(adapted, config.training.prefix_cache, config.training.prefix_cache_gb)
-    surveys = {config.training.head_init: find("head_init", config.training.head_init)(), ADAPTER: adapter.survey()}
+    surveys = {ADAPTER: adapter.survey()}
+    if task.class_statistics:
+        surveys = {config.training.head_init: find("head_init", config.training.head_init)(), **surveys}
     return Prepared(adapted, strategy, task, {action: survey for action, survey in surveys.items() if survey and survey.asks})
 
 

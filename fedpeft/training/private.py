@@ -84,6 +84,6 @@ def rows(adapted: Adapted, task: Any, job: Job, part: Indices, trained: Mapping[
 def _losses(adapted: Adapted, task: Any, job: Job, part: Indices) -> Any:
     inputs, labels = job.data.batch(part, adapted.base.tokenizer, adapted.base.device)
     with adapted.prefix.serving(job.data, part):
-        losses = task.loss(adapted.model(**inputs).logits, labels)
+        losses = task.losses(adapted.model, inputs, labels)
     assert losses.shape == (len(part),), "a loss an example, or examples are coupled"
     return losses

@@ -289,7 +289,8 @@ def test_what_breaks_a_client_is_said_and_does_not_end_it(connected, settings):
 
 def test_a_server_evaluates_on_its_test_part_or_on_all_that_it_has(tiny_config, topics_csv):
     from fedpeft.data import corpus
+    from fedpeft.tasks.sequence_classification import SequenceClassification
 
     data = tiny_config.data
-    assert len(corpus.held_by_server(data, {"text": "text"}, 0)) == 24
-    assert len(corpus.held_by_server(data.model_copy(update={"test_fraction": 0.0}), {"text": "text"}, 0)) == 96
+    assert len(corpus.held_by_server(data, SequenceClassification(), 0)) == 24
+    assert len(corpus.held_by_server(data.model_copy(update={"test_fraction": 0.0}), SequenceClassification(), 0)) == 96

@@ -148,3 +148,31 @@ def test_an_output_layer_that_trains_or_is_scaled_is_left_to_the_plain_loss():
     assert output_layer(granite) is None
     model.lm_head.weight.requires_grad_()
     assert output_layer(model) is None
+
+
+def test_a_language_model_with_an_adapter_makes_its_logits_in_chunks(monkeypatch):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fedpeft.tasks import next_token
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    bare = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    model = get_peft_model(bare, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    inputs = {"input_ids": torch.randint(97, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.int64)}
+    labels = torch.where(torch.rand(3, 7) < 0.6, inputs["input_ids"], -100)
+    found = next_token.scores(model, inputs, labels)
+    found.loss.sum().backward()
+    adapter = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    assert next_token.output_layer(model) is not None
+    monkeypatch.setattr(next_token, "output_layer", lambda model: None)
+    plain = next_token.scores(model, inputs, labels)
+    plain.loss.sum().backward()
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(adapter[name], p.grad, rtol=1e-4, atol=1e-6)
