@@ -85,6 +85,7 @@ class Columns(Section):
 
     text: str = Field("text", description="the text to classify")
     text_pair: str | None = Field(None, description="the second text of a pair")
+    image: str = Field("image", description="the picture: bytes, or the path of a file")
     prompt: str | None = Field("prompt", description="what is asked of a language model; null: it learns plain text")
     context: str | None = Field(None, description="what the prompt is about, set below it; may be empty")
     completion: str = Field("completion", description="what a language model should say")
