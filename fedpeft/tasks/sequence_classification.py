@@ -24,6 +24,7 @@ class SequenceClassification(Task):
     """Classes of a text or a pair of texts, read from the logits of `AutoModelForSequenceClassification`."""
 
     peft_task: ClassVar[str] = "SEQ_CLS"  # makes PEFT keep the classification head beside the adapter
+    kept_by_peft: ClassVar[frozenset[str]] = frozenset({"classifier", "score"})
 
     multi_label: bool = Field(False, description="a text may have any number of classes: a list, or names between label_delimiter")
     label_delimiter: str = Field(",", min_length=1, description="what stands between the classes of a cell, with multi_label")

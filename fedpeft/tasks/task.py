@@ -36,6 +36,7 @@ class Task(Settings):
     """Settings of one task; its fields are keys of the config's `model` section."""
 
     peft_task: ClassVar[str | None] = None  # PEFT's name of the task
+    kept_by_peft: ClassVar[frozenset[str]] = frozenset()  # modules of the head that PEFT keeps with an adapter for that task
     needs_labels: ClassVar[bool] = True  # every row has its class; else the label column only serves partitioners
     may_be_empty: ClassVar[frozenset[str]] = frozenset()  # roles whose cells may hold nothing
 
@@ -99,6 +100,10 @@ class Task(Settings):
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "right"
         return tokenizer
+
+    def own_head(self, model: Any) -> tuple[str, ...]:
+        """Modules of the head that train whole and that PEFT has to be told of."""
+        return ()
 
     @abstractmethod
     def encode(self, examples: Examples, base: Base, data: DataSection) -> Encoded:
