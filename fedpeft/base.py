@@ -23,10 +23,10 @@ SAMPLED = 4096  # values of each tensor that enter the fingerprint
 
 @dataclass(frozen=True)
 class Base:
-    """A pretrained model with a new head, all of it frozen, and what turns text into its input."""
+    """A pretrained model, with a new head where the task has one, all of it frozen, and what turns examples into its input."""
 
     model: Any  # transformers.PreTrainedModel
-    tokenizer: Any
+    tokenizer: Any  # or an image processor
     device: str
     fingerprint: str  # equal on two machines when their pretrained weights are
     fresh: tuple[str, ...] = ()  # modules outside the classifier that no checkpoint had: drawn from the seed, trained and saved with it
@@ -61,30 +61,70 @@ def skeleton(section: ModelSection, task: Any, label_count: int) -> Any:
     import torch
     from transformers import AutoConfig
 
-    config = _hugging_face(section, lambda place: AutoConfig.from_pretrained(place, num_labels=label_count))
+    config = _hugging_face(section, lambda place: AutoConfig.from_pretrained(place, **task.model_settings(label_count)))
     with torch.device("meta"):
-        return task.model_class().from_config(config)
+        model = task.model_class().from_config(config)
+    if section.quantization is not None:
+        model.config.quantization_config = quantized(section)
+    return model
+
+
+def quantized(section: ModelSection) -> Any:
+    """What tells Transformers to quantise the base. Raises UserError where that cannot be done."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if not torch.cuda.is_available():
+        got = f"{section.quantization} needs a CUDA GPU, and torch finds none here"
+        raise UserError(Problem("model.quantization", got, "null", "model.dtype: bfloat16 halves the base without one"))
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(Problem("model.quantization", "bitsandbytes is not installed", do="pip install 'bitsandbytes>=0.46'"))
+    return BitsAndBytesConfig(
+        load_in_8bit=section.quantization == "8bit",
+        load_in_4bit=section.quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, section.dtype),
+    )
 
 
 def load(section: ModelSection, task: Any, label_count: int, training: TrainingSection, seed: int) -> Base:
     """Weights and tokenizer of the base, layers that the checkpoint lacks drawn from `seed`. Raises UserError when there is none."""
     import torch
-    from transformers import AutoTokenizer
 
     device = choose_device(training)
-    dtype = getattr(torch, section.dtype)
+    how = {"dtype": getattr(torch, section.dtype), **task.model_settings(label_count)}
+    if section.quantization is not None:
+        how |= {"quantization_config": quantized(section), "device_map": {"": device}}
     with seeds.torch_seed(seeds.derive(seed, "head"), device):
         model, found = _hugging_face(
             section,
-            lambda place: task.model_class().from_pretrained(place, num_labels=label_count, dtype=dtype, output_loading_info=True),
+            lambda place: task.model_class().from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **how),
         )
-    tokenizer = _hugging_face(section, AutoTokenizer.from_pretrained)
-    if tokenizer.pad_token is None:  # decoders are often published without one; padded positions are masked anyway
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"  # a classifying decoder reads the last real token; left padding would shift its positions
-    model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer = task.processor(lambda load: _hugging_face(section, load))
+    if (pad := getattr(tokenizer, "pad_token_id", None)) is not None:
+        if pad >= model.config.get_text_config().vocab_size:  # a token that was added to the tokenizer and not to the model
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False)
-    return Base(model.to(device), tokenizer, device, fingerprint(model, found["missing_keys"]), _fresh(found["missing_keys"]))
+    if not section.dropout:
+        _without_dropout(model)
+    new = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}  # the head of a checkpoint with other classes
+    model = model if section.quantization else model.to(device)
+    return Base(model, tokenizer, device, fingerprint(model, new), _fresh(new))
+
+
+def _without_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout to zero: the modules', and the probabilities that other modules and the config carry."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(vars(holder).items()) if holder is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
 
 
 def _fresh(missing: Iterable[str]) -> tuple[str, ...]:

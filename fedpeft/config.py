@@ -84,7 +84,7 @@ class Config(Settings):
                     continue  # pydantic will say so
                 found = len(problems.found)
                 with problems.gather():
-                    if issubclass(section, OpenSection):
+                    if issubclass(section, OpenSection) and slot == section.opens:
                         section = section.completed(name, where((key, slot)))
                         sections[key] = (section, Field(default_factory=section))
                     elif name not in TABLES[kind]:  # a row is not imported before it is used

@@ -87,10 +87,25 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "task": {
         "sequence-classification": "fedpeft.tasks.sequence_classification:SequenceClassification",
+        "causal-lm": "fedpeft.tasks.causal_lm:CausalLM",
+    },
+    "chat_template": {
+        "plain": "fedpeft.tasks.chat:plain",
+        "instruction": "fedpeft.tasks.chat:instruction",
+        "dialogue": "fedpeft.tasks.chat:dialogue",
+    },
+    "scorer": {
+        "exact_match": "fedpeft.tasks.generation:exact_match",
+        "final_number": "fedpeft.tasks.generation:final_number",
+        "rouge_l": "fedpeft.tasks.generation:rouge_l",
     },
     "engine": {
         "one": "fedpeft.training.one:train",
         "many": "fedpeft.training.many:train",
+    },
+    "evaluation": {
+        "one": "fedpeft.training.evaluate:each",
+        "many": "fedpeft.training.evaluate_many:each",
     },
     "optimizer": {
         "adamw": "fedpeft.training.optimizers:adamw",

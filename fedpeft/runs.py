@@ -40,6 +40,11 @@ class Run:
         """The metric that says how good the run is; the others explain it."""
         return str(self.summary["primary_metric"])
 
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether that metric grows as the model gets better."""
+        return bool(self.summary.get("higher_is_better", True))
+
 
 def read_run(folder: pathlib.Path) -> Run:
     """The run in `folder`. Raises UserError when the folder holds none, or what it holds cannot be read."""

@@ -1,7 +1,7 @@
 """The sections of a config, whose defaults are the quickstart (`configs/quickstart.yaml` says them aloud).
 
 A section with a `name` takes the settings of what it names (`lookup.py`) as further keys: `partition: {name: dirichlet,
-alpha: 0.3}` gives alpha to `data/partitions/dirichlet.py`.
+alpha: 0.3}` gives alpha to `data/partitions/dirichlet.py`. The model's further keys are those of its `task`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ class Section(Settings):
 class OpenSection(Section):
     """A section whose further keys are the settings of what its `name` names."""
 
+    opens: ClassVar[str] = "name"  # the key whose named thing gives the further keys
     fallback: ClassVar[str | None] = None  # what answers to a name that no table holds
     own_keys: ClassVar[frozenset[str]]  # set on a completed class: the keys that are the section's and not the named thing's
     name: str
 
     @classmethod
     def completed(cls, name: str, where: str) -> type[OpenSection]:
-        """This section with the settings of what `name` names as further fields."""
-        model = settings_of(find(cls.named["name"], name, where, cls.fallback))
+        """This section with the settings of what the opening key names as further fields."""
+        model = settings_of(find(cls.named[cls.opens], name, where, cls.fallback))
         fields: dict[str, Any] = {key: (field.annotation, field) for key, field in model.model_fields.items()}
         section = create_model(cls.__name__, __base__=cls, **fields)
         section.own_keys = frozenset(cls.model_fields)
@@ -44,12 +45,12 @@ class OpenSection(Section):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The validated settings of what `name` names, defaults filled in."""
+        """The validated settings of what is named, defaults filled in."""
         return {key: getattr(self, key) for key in type(self).model_fields if key not in self.own_keys}
 
     def check_together(self, key: str, where: Where, problems: Problems) -> None:
         """What the named thing says of its settings as a whole, beyond each for itself."""
-        model = settings_of(find(self.named["name"], self.name, None, self.fallback))
+        model = settings_of(self._named)
         try:
             model.model_validate(self.settings)
         except ValidationError as error:
@@ -57,19 +58,26 @@ class OpenSection(Section):
                 explain(detail, model, (key,), where, problems)
 
     def build(self, *arguments: Any) -> Any:
-        """Call what `name` names with `arguments` and this section's settings."""
-        return find(self.named["name"], self.name, None, self.fallback)(*arguments, **self.settings)
+        """Call what is named with `arguments` and this section's settings."""
+        return self._named(*arguments, **self.settings)
+
+    @property
+    def _named(self) -> Any:
+        return find(self.named[self.opens], getattr(self, self.opens), None, self.fallback)
 
 
-class ModelSection(Section):
-    """The frozen base model."""
+class ModelSection(OpenSection):
+    """The frozen base model, and what it is fine-tuned for; further keys are the task's own."""
 
     named = {"task": "task"}
+    opens = "task"
     name: str = Field("minilm", description='"minilm" (packaged, no download), a folder with a Hugging Face model, or a Hub id')
     task: str = Field("sequence-classification", description="what the model is fine-tuned for")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the frozen base; adapters and head are always float32"
     )
+    dropout: bool = Field(True, description="false: the base's own dropouts are off, whatever its config says")
+    quantization: Literal["8bit", "4bit"] | None = Field(None, description="of the frozen base, by bitsandbytes; needs a CUDA GPU")
 
 
 class Columns(Section):
@@ -77,7 +85,11 @@ class Columns(Section):
 
     text: str = Field("text", description="the text to classify")
     text_pair: str | None = Field(None, description="the second text of a pair")
-    label: str = Field("label", description="the class")
+    prompt: str | None = Field("prompt", description="what is asked of a language model; null: it learns plain text")
+    context: str | None = Field(None, description="what the prompt is about, set below it; may be empty")
+    completion: str = Field("completion", description="what a language model should say")
+    messages: str | None = Field(None, description='instead of these: conversations, lists of {"role", "content"}')
+    label: str = Field("label", description="the class, or the classes")
     client: str | None = Field("client", description="who owns the row, if there is such a column (partition natural)")
     domain: str | None = Field("domain", description="where the row comes from, if there is such a column (partition domain)")
 
@@ -160,13 +172,23 @@ class TrainingSection(Section):
         "trained", description="the classification head: trained and averaged, or left as initialised"
     )
     head_init: str = Field(
-        "class_statistics", description="the head before round 1: random, or from class statistics summed over the clients"
+        "class_statistics",
+        description="the head before round 1: random, or from class statistics summed over the clients (where an example has one class)",
     )
     engine: str = Field("one", description="one: a client at a time; many: many in one pass, with the same numbers")
     clients_at_once: int | None = Field(None, ge=1, description="clients that engine many trains together; null: what memory_gb allows")
     memory_gb: float | None = Field(
         None, gt=0, description="memory that engine many plans for; null: a quarter of the machine's, or most of what is free on a GPU"
     )
+    length_buckets: int = Field(
+        1,
+        ge=1,
+        description="cut each batch into so many of like length, for less padding; a step holds the same examples (not under privacy)",
+    )
+    prefix_cache: Literal["none", "memory", "disk"] = Field(
+        "none", description="keep the hidden states that enter the lowest adapted layer, by example, instead of computing them again"
+    )
+    prefix_cache_gb: float = Field(1.0, gt=0, description="most that these states may take; what does not fit is computed each time")
     device: str = Field("auto", description='"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"')
 
     @property
@@ -182,19 +204,48 @@ class TrainingSection(Section):
 
 
 class PrivacySection(Section):
-    """Differential privacy of single examples: clipped, noised steps at the clients, and a budget over the whole run."""
+    """Differential privacy over the whole run: of single examples, by the clients' steps, or of whole clients, at the server."""
 
-    unit: Literal["example"] = Field("example", description="what neighbouring data sets differ by: one example of one client")
-    target_epsilon: float | None = Field(None, gt=0, description="budget of every client over the whole run; sigma is solved for it")
+    unit: Literal["example", "client"] = Field(
+        "example", description="what neighbouring data sets differ by: one example of one client, or a whole client"
+    )
+    target_epsilon: float | None = Field(None, gt=0, description="budget over the whole run; sigma is solved for it")
     noise_multiplier: float | None = Field(None, ge=0, description="sigma, noise over clipping norm, instead of or beside a budget")
-    target_delta: float | None = Field(None, gt=0, lt=1, description="delta; null: 1e-5, or n ** -1.1 for a client with few examples")
-    max_grad_norm: float = Field(1.0, gt=0, description="C, what the gradient of one example is clipped to")
+    target_delta: float | None = Field(None, gt=0, lt=1, description="delta; null: 1e-5, or n ** -1.1 where n (examples, clients) is small")
+    max_grad_norm: float = Field(1.0, gt=0, description="unit example: C, what the gradient of one example is clipped to")
+    clipping_norm: float = Field(
+        1.0, gt=0, description="unit client: C, what a client's whole update is clipped to; at first, where it adapts"
+    )
+    target_quantile: float | None = Field(
+        None, gt=0, lt=1, description="unit client: share of updates to leave unclipped; C moves there, at a cost. null: C stays"
+    )
+    quantile_learning_rate: float = Field(0.2, gt=0, description="unit client: how fast C moves, in its logarithm")
+    quantile_noise: float | None = Field(
+        None, gt=0, description="unit client: noise on the count of unclipped updates; null: a twentieth of the clients asked, or sigma"
+    )
+    amplification: bool = Field(
+        False, description="unit client: count on nobody knowing who took part; the server then throws a secret coin for each client"
+    )
     insecure_seed: int | None = Field(None, description="seed of the noise, for tests: whoever knows it can take the noise off again")
+
+    @property
+    def of_clients(self) -> bool:
+        """The unit is a client."""
+        return self.unit == "client"
 
     @model_validator(mode="after")
     def _noise(self) -> PrivacySection:
         if self.target_epsilon is None and self.noise_multiplier is None:
             raise PydanticCustomError("noise", "give target_epsilon, or noise_multiplier, or both")
+        return self
+
+    @model_validator(mode="after")
+    def _of_this_unit(self) -> PrivacySection:
+        """Keys of the other unit would be read by nobody."""
+        clients = ("clipping_norm", "target_quantile", "quantile_learning_rate", "quantile_noise", "amplification")
+        for key in ("max_grad_norm",) if self.of_clients else clients:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise PydanticCustomError("unit", "{key} means nothing with unit {unit}", {"key": key, "unit": self.unit})
         return self
 
 

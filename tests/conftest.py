@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import warnings
@@ -95,3 +96,52 @@ def tiny_config(tiny_settings):
     from fedpeft import Config
 
     return Config.from_dict(tiny_settings)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """A two-layer Llama with random weights whose tokens are bytes: what trains can be counted on one's fingers. No pad token."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE({token: number for number, token in enumerate(["<s>", "</s>", *letters])}, []))
+    bytewise.pre_tokenizer, bytewise.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, bos_token="<s>", eos_token="</s>")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, bos_token_id=0, eos_token_id=1, **sizes)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sums_jsonl(tmp_path_factory):
+    """60 small sums as instructions, in two categories."""
+    file = tmp_path_factory.mktemp("sums") / "sums.jsonl"
+    rows = [
+        {"prompt": f"{a}{sign}{b}", "context": "", "completion": f"is {a + b if sign == '+' else a - b}", "category": kind}
+        for sign, kind in (("+", "plus"), ("-", "minus"))
+        for a in range(6)
+        for b in range(5)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+@pytest.fixture
+def tiny_lm_settings(tiny_llama, sums_jsonl):
+    """Instruction tuning in a second: a client a category."""
+    return {
+        "name": "tiny-lm",
+        "model": {"name": str(tiny_llama), "task": "causal-lm", "chat_template": "plain", "samples": 2, "max_new_tokens": 4},
+        "data": {"name": str(sums_jsonl), "columns": {"client": "category"}, "max_length": 24, "test_fraction": 0.2},
+        "partition": {"name": "natural"},
+        "adapter": {"name": "lora", "r": 4, "target_modules": "all-linear"},
+        "strategy": {"num_rounds": 2},
+        "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant"},
+    }

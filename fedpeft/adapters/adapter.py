@@ -45,7 +45,7 @@ class Adapter(Settings):
     decomposes: ClassVar[bool] = False  # it computes with the values of the base's weights, which must not be quantised
 
     @abstractmethod
-    def peft_config(self, peft_task: str, also_saved: Sequence[str]) -> Any:
+    def peft_config(self, peft_task: str | None, also_saved: Sequence[str]) -> Any:
         """The `peft.PeftConfig` of these settings for a PEFT task such as "SEQ_CLS"; `also_saved` modules are trained whole."""
 
     @property
@@ -95,7 +95,7 @@ class Adapter(Settings):
             got = f"{type(strategy).__name__} works on LoRA factors, and {type(self).__name__} has none or more than these"
             raise UserError(Problem("strategy.name", got, do="use strategy fedavg, or adapter lora"))
 
-    def check(self, skeleton: Any, peft_task: str) -> None:
+    def check(self, skeleton: Any, peft_task: str | None) -> None:
         """Attach to a model without weights. Raises UserError when PEFT refuses, with its reason and the layers there are."""
         import torch
         from peft import LoraConfig, get_peft_model
@@ -124,7 +124,7 @@ class Adapter(Settings):
             raise UserError(Problem("adapter", f"PEFT cannot attach it ({reason})", f"target_modules among {layers}")) from error
         check_rank(model, self.rank, head)
 
-    def attach(self, base: Base, peft_task: str, seed: int, train_head: bool) -> Adapted:
+    def attach(self, base: Base, peft_task: str | None, seed: int, train_head: bool) -> Adapted:
         """A PEFT model around the base, its new tensors drawn from `seed` and kept in float32.
 
         The fingerprint of the base takes in the adapter's frozen bases: who has other ones is told so.

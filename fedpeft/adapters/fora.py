@@ -68,7 +68,7 @@ class Fora(LoraLike):
         """r."""
         return self.r
 
-    def check(self, skeleton: Any, peft_task: str) -> None:
+    def check(self, skeleton: Any, peft_task: str | None) -> None:
         """As every adapter; there must be layers."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -82,7 +82,7 @@ class Fora(LoraLike):
         """The layers' scores, where there is a choice to make."""
         return LayerScores(self.score_examples, self.score == "batch", self.layers, CHOICE, stacks) if self.layers < 1 else None
 
-    def attach(self, base: Base, peft_task: str, seed: int, train_head: bool) -> Adapted:
+    def attach(self, base: Base, peft_task: str | None, seed: int, train_head: bool) -> Adapted:
         """As every adapter; then B is drawn orthonormal, and a gate at zero is laid on A."""
         import torch
 

@@ -51,7 +51,7 @@ class LoraLike(Adapter):
         """What makes PEFT's LoraConfig this variant."""
         return {}
 
-    def peft_config(self, peft_task: str, also_saved: Sequence[str]) -> Any:
+    def peft_config(self, peft_task: str | None, also_saved: Sequence[str]) -> Any:
         """PEFT's LoraConfig."""
         from peft import LoraConfig
 
@@ -124,7 +124,7 @@ class Lora(LoraLike):
         """The full gradient, for the initialisation that starts from it."""
         return self.start.survey()
 
-    def attach(self, base: Base, peft_task: str, seed: int, train_head: bool) -> Adapted:
+    def attach(self, base: Base, peft_task: str | None, seed: int, train_head: bool) -> Adapted:
         """As every adapter, then the initialisation of the factors."""
         adapted = super().attach(base, peft_task, seed, train_head)
         self.start.prepare(adapted)

@@ -50,7 +50,7 @@ class LoraSb(Adapter):
         """Rank of the space."""
         return self.r
 
-    def peft_config(self, peft_task: str, also_saved: Sequence[str]) -> Any:
+    def peft_config(self, peft_task: str | None, also_saved: Sequence[str]) -> Any:
         """PEFT's LoraConfig with s = 1."""
         from peft import LoraConfig
 

@@ -23,7 +23,7 @@ class Plain(Adapter):
         """What PEFT's config is told."""
         return {name: getattr(self, name) for name in type(self).model_fields}
 
-    def peft_config(self, peft_task: str, also_saved: Sequence[str]) -> Any:
+    def peft_config(self, peft_task: str | None, also_saved: Sequence[str]) -> Any:
         """PEFT's config."""
         from peft import PeftType
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

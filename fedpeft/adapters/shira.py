@@ -37,7 +37,7 @@ class Shira(Plain):
         """PEFT's, without the mask, which is a function there."""
         return {"r": self.r, "random_seed": self.random_seed, "target_modules": self.target_modules}
 
-    def peft_config(self, peft_task: str, also_saved: Sequence[str]) -> Any:
+    def peft_config(self, peft_task: str | None, also_saved: Sequence[str]) -> Any:
         """PEFT's config, with our mask of columns where it is wanted."""
         config = super().peft_config(peft_task, also_saved)
         if self.mask != "random":

@@ -16,6 +16,7 @@ from fedpeft.client.memory import Folder, Memory
 from fedpeft.client.node import Node
 from fedpeft.client.own_file import OwnFile, agree
 from fedpeft.client.worker import Worker
+from fedpeft.data.unusable import skipped, usable
 from fedpeft.errors import Problems, UserError
 from fedpeft.quiet import quiet_libraries
 from fedpeft.records import Arrays, Assignment, Failure, Update
@@ -93,15 +94,18 @@ class Resident:
             prepare.check(config, labels, problems)
             problems.raise_if_any()
             ready = prepare.prepare(config, labels)
-            encoded = ready.task.encode(agreed.examples, ready.adapted.base.tokenizer, config.data.max_length)
-        node = Node.split(client, encoded, config.data.validation_fraction, config.seed)
+            encoded = ready.task.encode(agreed.examples, ready.adapted.base, config.data)
+            mine = usable(encoded.usable(), "this client", agreed.examples, encoded)
+            node = Node.split(client, mine, config.data, config.seed, ready.task, ready.adapted.base)
+        for note in skipped("own", agreed.examples, encoded, config.data):
+            self.screen.note(note)
         surveys = ready.surveys if self.own.limits.surveys else {}
         guards = prepare.guards(config, ready.adapted, {client: (str(client), len(node.train))}, lambda client: memory.ledger)
         self._worker = Worker(config, ready.adapted, ready.task, ready.strategy, {client: node}, surveys, agreed.clients, guards)
         self._memory, self.client, self._task = memory, client, task
         memory.write_task(json.dumps({"client": client, "task": task.decode()}).encode())
         rounds, strategy = config.strategy.num_rounds, config.strategy.name
-        self.screen.note(f"{config.name}: {strategy}, {rounds} rounds, with {len(encoded):,} examples of this client (number {client})")
+        self.screen.note(f"{config.name}: {strategy}, {rounds} rounds, with {len(mine):,} examples of this client (number {client})")
 
     def _work(self, assignment: Assignment, base: str) -> Update | Failure:
         worker, memory = self._worker, self._memory

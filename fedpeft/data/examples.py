@@ -17,10 +17,13 @@ class Examples:
     """Columns of equal length, made of a source's rows; partitioners read it; a task turns it into tensors."""
 
     columns: Mapping[str, Sequence[Any]]  # what the task reads: "text", "text_pair", ...
-    labels: NDArray[np.int64] | None = None  # [examples], an index into label_names
+    labels: NDArray[np.int64] | None = None  # [examples], an index into label_names; where a row has several classes, the first
     label_names: tuple[str, ...] = ()
     clients: tuple[str, ...] | None = None  # [examples], the natural owner of each row
     domains: tuple[str, ...] | None = None  # [examples], where each row comes from
+    label_sets: NDArray[np.bool_] | None = None  # [examples, classes], where a row has any number; of none, the label is len(label_names)
+    rows: Indices | None = None  # [examples], the row of the source that each is, counted from 1
+    skipped: tuple[str, ...] = ()  # rows of the source that hold nothing, each with what it lacks
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -31,6 +34,8 @@ class Examples:
             self,
             columns={name: [column[row] for row in rows] for name, column in self.columns.items()},
             labels=None if self.labels is None else self.labels[rows],
+            rows=None if self.rows is None else self.rows[rows],
+            label_sets=None if self.label_sets is None else self.label_sets[rows],
             clients=None if self.clients is None else tuple(self.clients[row] for row in rows),
             domains=None if self.domains is None else tuple(self.domains[row] for row in rows),
         )

@@ -14,22 +14,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fedpeft import durable, wire
 from fedpeft.addresses import parsed
 from fedpeft.config import Config
 from fedpeft.data import corpus
 from fedpeft.data.encoded import Encoded, digest
 from fedpeft.data.examples import Examples
+from fedpeft.data.unusable import usable
 from fedpeft.errors import Problems
 from fedpeft.flower_link import Link, public_key_bytes
 from fedpeft.flower_private import RunOver
 from fedpeft.health import Health
 from fedpeft.keys import Listed, listed, read
-from fedpeft.lookup import find
 from fedpeft.quiet import quiet_libraries
 from fedpeft.records import Arrays
 from fedpeft.screen import Screen
-from fedpeft.server import rounds, sampling
+from fedpeft.server import rounds, samples, sampling
 from fedpeft.server.ending import end
 from fedpeft.server.federation import Outcome
 from fedpeft.server.making import check_global, make
@@ -57,7 +59,8 @@ class Parts:
     """The server's own half of a federation, loaded."""
 
     ready: Prepared
-    test: Encoded
+    examples: Examples  # of the test part
+    test: Encoded  # the same without those that cannot be used
     label_names: tuple[str, ...]
     clients: list[Listed]
     ranks: dict[int, int]
@@ -102,11 +105,14 @@ def serve(config: Config, site: Site, out: pathlib.Path, resume: bool, screen: S
 
 
 def _play(config: Config, parts: Parts, roster: Roster, folder: RunFolder, screen: Screen) -> dict[str, Any]:
-    federation = make(config, parts.ready, parts.test, digest([parts.test]), roster, parts.expected, parts.ranks)
+    federation = make(config, parts.ready, parts.test, digest([parts.test]), roster, parts.expected, parts.ranks, folder.ledger)
+    keep = functools.partial(samples.keep, folder, parts.ready.task, parts.ready.adapted, examples=parts.examples, data=config.data)
+    keep("before", federation.arrays)
     while len(roster()) < config.strategy.min_available_nodes:  # however long they take to come; later a round has its timeout
         time.sleep(wire.POLL_SECONDS)
     outcome: Outcome = rounds.run(federation, roster.grid, folder, screen)
-    summary = end(federation, outcome, parts.ready.adapted, parts.label_names, folder)
+    keep("after", outcome.arrays)
+    summary = end(federation, outcome, parts.ready.adapted, parts.label_names, folder, samples.scores(folder))
     roster.dismiss(summary)
     screen.finished(summary, folder.path)
     return summary
@@ -114,7 +120,7 @@ def _play(config: Config, parts: Parts, roster: Roster, folder: RunFolder, scree
 
 def _assemble(config: Config, site: Site, fresh: RunFolder | None) -> Parts:
     """Load test data, model and adapter, after every problem of the input was looked for."""
-    task_of, problems = find("task", config.model.task)(), Problems()
+    task_of, problems = config.model.build(), Problems()
     clients: list[Listed] = []
     test: Examples | None = None
     for address, where in ((site.address, "--address"), (site.health, "--health")):
@@ -130,7 +136,7 @@ def _assemble(config: Config, site: Site, fresh: RunFolder | None) -> Parts:
         with problems.gather():
             fresh.check_free()
     with problems.gather():
-        test = corpus.held_by_server(config.data, task_of.roles(config.data.columns), config.seed)
+        test = corpus.held_by_server(config.data, task_of, config.seed)
     labels = test.label_names if test else ("", "")
     prepare.check(config, len(labels), problems)
     if clients:
@@ -140,8 +146,10 @@ def _assemble(config: Config, site: Site, fresh: RunFolder | None) -> Parts:
     assert test is not None
     ready = prepare.prepare(config, len(labels))
     ranks = config.adapter.build().ranks([one.name for one in clients], config.seed)
-    encoded = task_of.encode(test, ready.adapted.base.tokenizer, config.data.max_length)
-    return Parts(ready, encoded, labels, clients, {clients[place].client: rank for place, rank in ranks.items()})
+    encoded = task_of.encode(test, ready.adapted.base, config.data)
+    kept = np.setdiff1d(np.arange(len(encoded)), sorted(encoded.left_out))
+    usable_test = usable(encoded.usable(), "the server", test, encoded)
+    return Parts(ready, test.take(kept), usable_test, labels, clients, {clients[place].client: rank for place, rank in ranks.items()})
 
 
 def _let_in(link: Link, clients: Sequence[Listed]) -> None:

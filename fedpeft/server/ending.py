@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.adapters.adapted import Adapted
@@ -22,15 +22,22 @@ if TYPE_CHECKING:
 VERSIONED = ("fedpeft", "flwr", "torch", "transformers", "peft", "numpy")
 
 
-def end(federation: Federation, outcome: Outcome, adapted: Adapted, labels: Sequence[str], folder: RunFolder) -> dict[str, Any]:
-    """Write adapter, summary, curves and report; the summary."""
+def end(
+    federation: Federation,
+    outcome: Outcome,
+    adapted: Adapted,
+    labels: Sequence[str],
+    folder: RunFolder,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write adapter, summary (with `more` in it), curves and report; the summary."""
     reported = federation.reported(outcome.arrays)
     adapted.write(reported)
     adapted.save(folder.adapter)
     for client, memory in personal(federation).items():
         adapted.write({**reported, **memory})
         adapted.save(folder.personal(client))
-    summary = summarise(federation, outcome, adapted, labels)
+    summary = {**summarise(federation, outcome, adapted, labels), **(more or {})}
     folder.write_summary(summary)
     run = read_run(folder.path)
     curves(run, folder.path / "curves.png")
@@ -51,7 +58,8 @@ def summarise(federation: Federation, outcome: Outcome, adapted: Adapted, labels
     """The run in one object: the contract of summary.json."""
     config, records = federation.config, outcome.records
     trained = [record for record in records if record.round > 0]
-    best = max(trained or records, key=lambda record: record.metrics[federation.primary_metric])
+    pick = max if federation.higher_is_better else min
+    best = pick(trained or records, key=lambda record: record.metrics[federation.primary_metric])
     return {
         "name": config.name,
         "strategy": config.strategy.name,
@@ -61,6 +69,7 @@ def summarise(federation: Federation, outcome: Outcome, adapted: Adapted, labels
         "rounds_completed": len(trained),
         "stopped_because": outcome.stopped_because,
         "primary_metric": federation.primary_metric,
+        "higher_is_better": federation.higher_is_better,
         "initial": records[0].metrics,
         "metrics": records[-1].metrics,
         "best": {"round": best.round, **best.metrics},

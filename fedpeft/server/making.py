@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 from collections.abc import Callable
 
 from fedpeft.config import Config
 from fedpeft.data.encoded import Encoded
 from fedpeft.errors import Problems
+from fedpeft.privacy.curator import curator
+from fedpeft.privacy.ledger import Ledger
+from fedpeft.privacy.statement import of_clients
 from fedpeft.records import Arrays, Metrics
 from fedpeft.server.federation import Federation, Survey
 from fedpeft.training.evaluate import evaluate
@@ -22,11 +26,18 @@ def make(
     roster: Callable[[], dict[int, int]],
     clients: int,
     ranks: dict[int, int],
+    ledger: pathlib.Path | None,
     reported: Callable[[Arrays], Arrays] = lambda arrays: arrays,
 ) -> Federation:
-    """The server's side of a run, which evaluates what is `reported` of the global arrays on the `test` part; `data` is its digest."""
+    """The server's side of a run, which evaluates what is `reported` of the global arrays on the `test` part; `data` is its digest.
+
+    Where whole clients are private, the server's ledger is kept at `ledger` (None: in memory alone). Raises UserError for an edited one.
+    """
     adapted, strategy, adapter = ready.adapted, ready.strategy, ready.adapted.adapter
     layout, drawn = adapted.layout(), adapted.read()
+
+    section, shape = config.privacy, config.strategy
+    keeper = curator(section, Ledger(ledger if section and section.of_clients else None), clients, shape.fraction_train, shape.num_rounds)
 
     def measure(arrays: Arrays) -> Metrics:
         return evaluate(adapted, ready.task, reported(arrays), test, config.training.per_device_eval_batch_size)
@@ -41,6 +52,7 @@ def make(
         trained=adapted.trained,
         evaluate=measure,
         primary_metric=ready.task.primary_metric,
+        higher_is_better=ready.task.higher_is_better,
         roster=roster,
         clients=clients,
         resting=functools.partial(adapter.resting, layout),
@@ -51,6 +63,8 @@ def make(
             for action, survey in ready.surveys.items()
         ),
         reported=reported,
+        privacy=lambda: of_clients(keeper) if keeper else None,
+        curator=keeper,
     )
 
 

@@ -26,6 +26,7 @@ from fedpeft.server import checkpoint, sampling
 from fedpeft.server.asking import Judged, assign, judge
 from fedpeft.server.exchange import Exchange
 from fedpeft.server.federation import Federation, Outcome
+from fedpeft.server.private_round import private_round
 from fedpeft.server.run_folder import RunFolder
 from fedpeft.strategies.strategy import Combined, Round
 
@@ -45,10 +46,13 @@ def run(federation: Federation, grid: Grid, folder: RunFolder, screen: Screen) -
     else:
         screen.note(f"resuming after round {outcome.records[-1].round}")
     for round in range(outcome.records[-1].round + 1, federation.config.strategy.num_rounds + 1):
-        if _is_stuck(outcome, federation) or _is_spent(outcome, federation):
+        if _is_stuck(outcome, federation) or _is_spent(outcome, federation) or (federation.curator and federation.curator.refusal()):
             break
         _finish_round(federation, outcome, _play(federation, grid, outcome, round), folder, screen)
-    if _is_spent(outcome, federation):
+    unplayed = outcome.records[-1].round < federation.config.strategy.num_rounds
+    if unplayed and federation.curator and (refusal := federation.curator.refusal()):
+        outcome.stopped_because = refusal
+    elif _is_spent(outcome, federation):
         outcome.stopped_because = f"{SPENT}: no client can afford another round of epsilon"
     elif _is_stuck(outcome, federation):
         last = outcome.records[-1]
@@ -118,13 +122,12 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     settings = federation.config.strategy
     started = time.perf_counter()
     roster = _wait_for(federation)
-    clients = sampling.choose(
-        [client for client in roster if client not in outcome.spent],
-        settings.fraction_train,
-        settings.min_train_nodes,
-        federation.config.seed,
-        round,
-    )
+    private = private_round(federation, round)
+    if private is not None:
+        clients = private.sample(roster)
+    else:
+        able = [client for client in roster if client not in outcome.spent]
+        clients = sampling.choose(able, settings.fraction_train, settings.min_train_nodes, federation.config.seed, round)
     received, at = outcome.arrays, federation.at(round)
     asked = assign(federation, wire.TRAIN, clients, outcome, round)
     traffic, judged = _exchange(federation, grid, asked.assignments, roster), Judged()
@@ -132,7 +135,11 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     arriving = judge(
         traffic, federation, lambda client: federation.strategy.uploads(trained, federation.at(round, client)), judged, received
     )
-    if federation.strategy.streams and len(clients) > HELD:
+    combined: Combined | None
+    if private is not None:
+        released = private.release(arriving, received, federation, outcome.state)
+        combined, answered = federation.strategy.combine(released, received, at), judged
+    elif federation.strategy.streams and len(clients) > HELD:
         combined, answered = _combine_as_they_come(federation, arriving, received, at), judged
     else:
         combined, answered = _combine_together(federation, grid, roster, traffic, judged, list(arriving), received, at)
@@ -142,7 +149,8 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
         outcome.seen.pop(failure.client, None)
     moved, said = 0.0, {}
     if combined is not None and len(answered.accepted) >= federation.fewest:
-        applied, outcome.state = federation.strategy.apply(received, combined.arrays, outcome.state)
+        applied, state = federation.strategy.apply(received, combined.arrays, outcome.state)
+        outcome.state = state if private is None else state | private.state
         outcome.arrays = federation.settle(applied)
         said = combined.report
         moved = arithmetic.norm(arithmetic.difference({name: outcome.arrays[name] for name in received}, received))
@@ -152,7 +160,8 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
         said = {**said, "left_out_by_rank": sum(asked.left_out.values()) / len(asked.left_out)}
     evaluating = time.perf_counter() - started - answered.seconds - combining
     seconds = {"exchange": answered.seconds, "combine": combining, "evaluate": evaluating}
-    return _record(round, traffic, answered, metrics, moved, seconds, said)
+    record = _record(round, traffic, answered, metrics, moved, seconds, said)
+    return record if private is None else private.censored(record)
 
 
 def _exchange(federation: Federation, grid: Grid, assignments: Sequence[Assignment], roster: dict[int, int]) -> Exchange:
@@ -228,7 +237,7 @@ def _is_stuck(outcome: Outcome, federation: Federation) -> bool:
     trained = [record for record in outcome.records if record.round > 0]
     num_rounds = federation.config.strategy.num_rounds
     recent = trained[-min(MAX_EMPTY_ROUNDS, num_rounds) :]
-    empty = [record for record in recent if record.accepted < federation.fewest]
+    empty = [record for record in recent if record.accepted < federation.fewest or (record.asked and not record.accepted)]
     return len(empty) == min(MAX_EMPTY_ROUNDS, num_rounds)
 
 

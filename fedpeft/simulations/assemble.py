@@ -5,7 +5,8 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+
+import numpy as np
 
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
@@ -17,11 +18,13 @@ from fedpeft.data import corpus, partitions
 from fedpeft.data.corpus import Corpus
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.encoded import digest as encoded_digest
+from fedpeft.data.examples import Indices
 from fedpeft.data.partitions import Partition
+from fedpeft.data.unusable import skipped, usable
 from fedpeft.errors import Problems
-from fedpeft.lookup import find
 from fedpeft.server import sampling
 from fedpeft.strategies.strategy import Strategy
+from fedpeft.tasks.task import Task
 from fedpeft.training import prepare
 
 
@@ -40,18 +43,18 @@ class Parts:
     split: Split
     adapted: Adapted
     strategy: Strategy
-    task: Any
+    task: Task
     worker: Worker
     ranks: dict[int, int]  # client -> rank, where clients have their own
     test: Encoded
-    train_truncated: int  # training texts that lost their end
+    tested: Indices  # [test], the rows of the corpus's test part that `test` holds
+    notes: tuple[str, ...]  # what was skipped or cut
     data_digest: str  # of every client's examples and the test part: a resumed run must see the same
 
 
 def deal(config: Config) -> Split:
     """Read the data and split it over the clients. Raises UserError."""
-    task = find("task", config.model.task)()
-    found = corpus.load(config.data, task.roles(config.data.columns), config.seed)
+    found = corpus.load(config.data, config.model.build(), config.seed)
     return Split(found, partitions.split(config.partition, found.train, seeds.generator(config.seed, "partition")))
 
 
@@ -60,7 +63,7 @@ def assemble(config: Config, check: Callable[[], None] | None = None, ledgers: p
 
     With privacy, each client's ledger is kept in the folder `ledgers`, or in memory alone when there is none.
     """
-    task = find("task", config.model.task)()
+    task: Task = config.model.build()
     adapter: Adapter = config.adapter.build()
     problems = Problems()
     if check is not None:
@@ -80,15 +83,18 @@ def assemble(config: Config, check: Callable[[], None] | None = None, ledgers: p
     problems.raise_if_any()
     assert split is not None
     ready = prepare.prepare(config, labels)
-    tokenizer = ready.adapted.base.tokenizer
-    train = task.encode(split.corpus.train, tokenizer, config.data.max_length)
-    nodes = {
-        client: Node.split(client, train.take(rows), config.data.validation_fraction, config.seed)
+    loaded, names = ready.adapted.base, split.partition.names
+    train, tested = task.encode(split.corpus.train, loaded, config.data), task.encode(split.corpus.test, loaded, config.data)
+    owned = {
+        client: usable(train.take(rows), f"client {names[client]}", split.corpus.train, train)
         for client, rows in enumerate(split.partition.indices)
     }
-    test = task.encode(split.corpus.test, tokenizer, config.data.max_length)
+    test = usable(tested.usable(), "the server", split.corpus.test, tested)
+    nodes = {client: Node.split(client, mine, config.data, config.seed, task, loaded) for client, mine in owned.items()}
     named = {client: (split.partition.names[client], len(node.train)) for client, node in nodes.items()}
     guards = prepare.guards(config, ready.adapted, named, lambda client: ledgers / f"client-{client}.jsonl" if ledgers else None)
     worker = Worker(config, ready.adapted, task, ready.strategy, nodes, ready.surveys, len(nodes), guards)
     digest = encoded_digest([*(node.train for node in nodes.values()), test])
-    return Parts(split, ready.adapted, ready.strategy, task, worker, ranks, test, train.truncated, digest)
+    notes = (*skipped("training", split.corpus.train, train, config.data), *skipped("test", split.corpus.test, tested, config.data))
+    kept = np.setdiff1d(np.arange(len(tested)), sorted(tested.left_out))
+    return Parts(split, ready.adapted, ready.strategy, task, worker, ranks, test, kept, notes, digest)

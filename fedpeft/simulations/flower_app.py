@@ -30,11 +30,10 @@ from fedpeft.quiet import quiet_libraries
 from fedpeft.records import Assignment, Failure, Update
 from fedpeft.screen import Screen, choose
 from fedpeft.server import rounds
-from fedpeft.server.ending import end
 from fedpeft.server.making import check_global, make
 from fedpeft.server.run_folder import RunFolder
 from fedpeft.simulations.assemble import Parts, assemble
-from fedpeft.simulations.run import draw_split, facts, free_folder
+from fedpeft.simulations.run import announce, finish, free_folder, keep_samples
 from fedpeft.training.prepare import Prepared
 
 PARTITION = "partition-id"  # in a SuperNode's --node-config: Flower's own name for it
@@ -56,15 +55,14 @@ def main(grid: Grid, context: Context) -> None:
     with choose(json=False) as screen, quiet_libraries():
         parts = assemble(config, folder.check_free)
         folder.create(config)
-        screen.started(config, facts(parts, folder))
+        announce(config, parts, folder, screen)
         nodes = Nodes(grid, config, len(parts.worker.nodes), screen)
         nodes.wait(config.strategy.round_timeout)
         ready = Prepared(parts.adapted, parts.strategy, parts.task, parts.worker.surveys)
-        federation = make(config, ready, parts.test, parts.data_digest, nodes, len(parts.worker.nodes), parts.ranks)
+        federation = make(config, ready, parts.test, parts.data_digest, nodes, len(parts.worker.nodes), parts.ranks, folder.ledger)
+        keep_samples("before", config, parts, federation, federation.arrays, folder)
         outcome = rounds.run(federation, grid, folder, screen)
-        draw_split(parts, folder)
-        summary = end(federation, outcome, parts.adapted, parts.split.corpus.train.label_names, folder)
-        screen.finished(summary, folder.path)
+        screen.finished(finish(config, parts, federation, outcome, folder), folder.path)
 
 
 def _check(config: Config) -> None:

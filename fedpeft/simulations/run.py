@@ -17,11 +17,12 @@ from fedpeft.privacy.statement import statement
 from fedpeft.quiet import quiet_libraries
 from fedpeft.records import Arrays
 from fedpeft.screen import Screen, choose
-from fedpeft.server import rounds
+from fedpeft.server import rounds, samples
 from fedpeft.server.ending import end
-from fedpeft.server.federation import Federation
+from fedpeft.server.federation import Federation, Outcome
 from fedpeft.server.making import make
 from fedpeft.server.run_folder import RunFolder
+from fedpeft.simulations import per_client
 from fedpeft.simulations.assemble import Parts, assemble
 from fedpeft.training.prepare import Prepared
 
@@ -68,15 +69,11 @@ def simulate(config: Config, out: str | pathlib.Path | None = None, resume: bool
         with grids(parts.worker) as grid:
             if not resume:
                 folder.create(config)
-            screen.started(config, facts(parts, folder))
-            if cut := parts.train_truncated:
-                screen.note(
-                    f"{cut} of {len(parts.split.corpus.train)} training texts lost their end to data.max_length={config.data.max_length}"
-                )
-            federation = _federation(config, parts, lambda: grid.roster)
+            announce(config, parts, folder, screen)
+            federation = _federation(config, parts, lambda: grid.roster, folder.ledger)
+            keep_samples("before", config, parts, federation, federation.arrays, folder)
             outcome = rounds.run(federation, grid, folder, screen)
-        draw_split(parts, folder)
-        summary = end(federation, outcome, parts.adapted, parts.split.corpus.train.label_names, folder)
+        summary = finish(config, parts, federation, outcome, folder)
     screen.finished(summary, folder.path)
     return RunResult(summary, folder.path, outcome.arrays)
 
@@ -89,9 +86,9 @@ def free_folder(name: str) -> pathlib.Path:
     return folder
 
 
-def facts(parts: Parts, folder: RunFolder) -> dict[str, Any]:
-    """What is said of a run when it starts."""
-    return {
+def announce(config: Config, parts: Parts, folder: RunFolder, screen: Screen) -> None:
+    """Say what the run is about, and what was noticed while it was put together."""
+    facts = {
         "clients": len(parts.worker.nodes),
         "train_examples": len(parts.split.corpus.train),
         "test_examples": len(parts.test),
@@ -100,24 +97,39 @@ def facts(parts: Parts, folder: RunFolder) -> dict[str, Any]:
         "primary_metric": parts.task.primary_metric,
         "out": str(folder.path),
     }
+    screen.started(config, facts)
+    for note in parts.notes:
+        screen.note(note)
 
 
-def draw_split(parts: Parts, folder: RunFolder) -> None:
-    """The picture of who holds how much of which label."""
+def keep_samples(moment: str, config: Config, parts: Parts, federation: Federation, arrays: Arrays, folder: RunFolder) -> None:
+    """Let a model that says something say it, "before" or "after" training."""
+    examples = parts.split.corpus.test.take(parts.tested)
+    samples.keep(folder, parts.task, parts.adapted, moment, federation.reported(arrays), examples=examples, data=config.data)
+
+
+def finish(config: Config, parts: Parts, federation: Federation, outcome: Outcome, folder: RunFolder) -> dict[str, Any]:
+    """Draw the split, measure the model client by client, and write the run folder; the summary."""
+    keep_samples("after", config, parts, federation, outcome.arrays, folder)
     train, partition = parts.split.corpus.train, parts.split.partition
     if train.labels is not None:
         draw(partitions.label_counts(partition, train), train.label_names, partition.names, folder.path / "partition.png")
+    clients = per_client.measure(config, parts, federation.reported(outcome.arrays), folder)
+    extra = {"clients": clients, **samples.scores(folder)}
+    return end(federation, outcome, parts.adapted, parts.split.corpus.train.label_names, folder, extra)
 
 
-def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int]]) -> Federation:
+def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int]], ledger: pathlib.Path | None = None) -> Federation:
     def reported(arrays: Arrays) -> Arrays:
         mine = [(len(parts.worker.nodes[client].train), memory) for client, memory in parts.worker.memory.items()]
         return {**arrays, **weighted_mean(mine, like=mine[0][1])} if parts.strategy.personal and mine else arrays
 
     ready = Prepared(parts.adapted, parts.strategy, parts.task, parts.worker.surveys)
+    made = make(config, ready, parts.test, parts.data_digest, roster, len(parts.worker.nodes), parts.ranks, ledger, reported)
+    guards = parts.worker.guards
     return replace(
-        make(config, ready, parts.test, parts.data_digest, roster, len(parts.worker.nodes), parts.ranks, reported),
-        privacy=lambda: None if config.privacy is None else statement(config.privacy, parts.worker.guards),
+        made,
+        privacy=lambda: statement(config.privacy, guards) if config.privacy is not None and guards else made.privacy(),
         memories=parts.worker.memories,
         restore=parts.worker.restore,
     )

@@ -94,8 +94,9 @@ def track(run: Run) -> list[Point]:
 
 
 def reaches(run: Run, target: float) -> Point | None:
-    """Where the primary metric is first at `target` or above."""
-    return next((point for point in track(run) if point.value >= target), None)
+    """Where the primary metric is first at `target` or better."""
+    sign = 1 if run.higher_is_better else -1
+    return next((point for point in track(run) if sign * point.value >= sign * target), None)
 
 
 def paired(cells: Iterable[Cell], reference: Iterable[Cell]) -> Estimate:

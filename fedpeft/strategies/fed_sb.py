@@ -25,6 +25,7 @@ class FedSb(Strategy):
     paper: ClassVar[str] = "arXiv:2502.15436"
     of_cores: ClassVar[bool] = True
     plain_mean: ClassVar[bool] = True
+    from_mean: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     summable: ClassVar[bool] = True
 

@@ -31,6 +31,7 @@ class FedSvd(Strategy):
     exact: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
     summable: ClassVar[bool] = True
+    from_mean: ClassVar[bool] = True
 
     svd_period: int = Field(1, ge=1, description="refactor after every so many rounds")
 

@@ -24,6 +24,7 @@ class FedAvg(Strategy):
 
     paper: ClassVar[str] = "arXiv:2305.05644"
     plain_mean: ClassVar[bool] = True
+    from_mean: ClassVar[bool] = True
     summable: ClassVar[bool] = True
 
     @streaming

@@ -24,6 +24,7 @@ class FfaLora(Strategy):
     paper: ClassVar[str] = "arXiv:2403.12313"
     of_factors: ClassVar[bool] = True
     plain_mean: ClassVar[bool] = True
+    from_mean: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     summable: ClassVar[bool] = True
 

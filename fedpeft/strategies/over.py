@@ -59,6 +59,11 @@ class Over(Strategy):
         """As the inner strategy."""
         return self.inner.fewest
 
+    @property
+    def of_mean(self) -> bool:
+        """As the inner strategy, where this one adds nothing that needs more."""
+        return self.from_mean and self.inner.of_mean
+
     def check_config(self, config: Any, adapter: Any) -> None:
         """As the inner strategy."""
         self.inner.check_config(config, adapter)

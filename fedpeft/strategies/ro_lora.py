@@ -24,6 +24,7 @@ class RoLora(Strategy):
     paper: ClassVar[str] = "arXiv:2502.01755"
     of_factors: ClassVar[bool] = True
     plain_mean: ClassVar[bool] = True
+    from_mean: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     summable: ClassVar[bool] = True
 

@@ -91,6 +91,7 @@ class Strategy(Settings):
     personal: ClassVar[bool] = False  # part of each client's model stays with it: no global model exists
     summable: ClassVar[bool] = False  # the server needs only sums over clients: secure aggregation can hide the updates
     noise_proof: ClassVar[bool] = True  # what is uploaded is a function of what was trained: noise in training protects it
+    from_mean: ClassVar[bool] = False  # `combine` of the updates' mean alone is its whole work: noise on the mean protects clients
 
     @property
     def streams(self) -> bool:
@@ -102,6 +103,11 @@ class Strategy(Settings):
     def fewest(self) -> int:
         """Fewest accepted updates that `combine` can work with."""
         return 1
+
+    @property
+    def of_mean(self) -> bool:
+        """As `from_mean`; for one over another, whether both are."""
+        return self.from_mean
 
     def proximal(self, at: Round) -> float:
         """mu of a proximal term in the clients' steps; 0: none."""

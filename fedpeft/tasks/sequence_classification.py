@@ -1,39 +1,53 @@
-"""Sequence classification: one class for a text, or for a pair of texts; encoders and decoders."""
+"""Sequence classification: one class, or any number of classes, for a text or a pair of texts; encoders and decoders."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.examples import Examples
-from fedpeft.errors import Problem, UserError
-from fedpeft.lookup import Settings
 from fedpeft.records import Metrics
-from fedpeft.sections import Columns
+from fedpeft.sections import Columns, DataSection
+from fedpeft.tasks import classes
+from fedpeft.tasks.task import Task
 
 if TYPE_CHECKING:
     import torch
 
+    from fedpeft.base import Base
 
-class SequenceClassification(Settings):
-    """One class a text, read from the logits of `AutoModelForSequenceClassification`."""
 
-    @property
-    def peft_task(self) -> str:
-        """PEFT's name of the task; it makes PEFT keep the classification head beside the adapter."""
-        return "SEQ_CLS"
+class SequenceClassification(Task):
+    """Classes of a text or a pair of texts, read from the logits of `AutoModelForSequenceClassification`."""
+
+    peft_task: ClassVar[str] = "SEQ_CLS"  # makes PEFT keep the classification head beside the adapter
+
+    multi_label: bool = Field(False, description="a text may have any number of classes: a list, or names between label_delimiter")
+    label_delimiter: str = Field(",", min_length=1, description="what stands between the classes of a cell, with multi_label")
 
     @property
     def primary_metric(self) -> str:
-        """The metric that stands for the run; higher is better."""
-        return "accuracy"
+        """Accuracy, or macro-F1 where a text has several classes."""
+        return "macro_f1" if self.multi_label else "accuracy"
+
+    @property
+    def label_sets(self) -> bool:
+        """Whether a text may have any number of classes."""
+        return self.multi_label
 
     def roles(self, columns: Columns) -> dict[str, str]:
-        """Which column plays which part in an example."""
+        """The text, and the second one of a pair."""
         return {"text": columns.text} | ({"text_pair": columns.text_pair} if columns.text_pair else {})
+
+    def classes(self, cell: Any) -> tuple[str, ...]:
+        """One class, or those of a list or a delimited cell."""
+        if not self.multi_label:
+            return super().classes(cell)
+        names = cell if isinstance(cell, list | tuple) else str("" if cell is None else cell).split(self.label_delimiter)
+        return tuple(dict.fromkeys(name for name in (str(part).strip() for part in names) if name))
 
     def model_class(self) -> Any:
         """The Transformers class that loads the base with a classification head."""
@@ -41,40 +55,40 @@ class SequenceClassification(Settings):
 
         return AutoModelForSequenceClassification
 
-    def encode(self, examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
-        """Tokenise once. Of a text longer than `max_length` tokens the end is cut; of a pair, the end of the longer one."""
-        assert examples.labels is not None
-        pair = examples.columns.get("text_pair")
-        texts = [list(examples.columns["text"])] + ([list(pair)] if pair is not None else [])
-        tokens = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
+    def model_settings(self, label_count: int) -> dict[str, Any]:
+        """As many outputs as classes; the problem type is for whoever loads the exported model."""
+        return {"num_labels": label_count} | ({"problem_type": "multi_label_classification"} if self.multi_label else {})
+
+    def encode(self, examples: Examples, base: Base, data: DataSection) -> Encoded:
+        """Tokenise once. Of a text longer than `max_length` tokens the end is cut; of a pair, the end of the longer one, so that both stay.
+
+        Decoders whose tokenizers join a pair without a mark between get a line break there.
+        """
+        tokenizer, pair = base.tokenizer, examples.columns.get("text_pair")
+        texts = [list(examples.columns["text"])]
+        if pair is not None:
+            marked = tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
+            texts.append([text if marked else f"\n{text}" for text in pair])
+        tokens = tokenizer(*texts, truncation=True, max_length=data.max_length, padding=False)
         inputs = [{name: np.asarray(tokens[name][row], dtype=np.int64) for name in tokens} for row in range(len(examples))]
-        empty = next((row for row, tokens in enumerate(inputs) if not len(tokens["input_ids"])), None)
-        if empty is not None:
-            raise UserError(Problem("data.columns.text", f"the text {texts[0][empty]!r} gives no tokens", do="drop such rows"))
         cut = sum(bool(encoding.overflowing) for encoding in tokens.encodings or ())
-        return Encoded(inputs=inputs, labels=examples.labels, label_count=len(examples.label_names), truncated=cut)
+        return Encoded(
+            inputs=inputs,
+            labels=classes.targets(examples),
+            label_count=len(examples.label_names),
+            truncated=cut,
+            left_out={row: f"{texts[0][row]!r} gives no tokens" for row, found in enumerate(inputs) if not len(found["input_ids"])},
+        )
 
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of each record, [batch]: records are not coupled, so their mean may be clipped one by one."""
-        from torch.nn import functional
+    def losses(self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of each text, [batch]; with several classes, the mean over all classes of their binary cross-entropies."""
+        return classes.losses(model(**inputs).logits, labels)
 
-        return functional.cross_entropy(logits.float(), labels, reduction="none")
+    def outputs(self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """Logits, [batch, classes]."""
+        logits: torch.Tensor = model(**inputs).logits
+        return logits
 
-    def measure(self, logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Metrics:
-        """From logits [records, classes]: accuracy, mean F1 of the classes that occur or are predicted, mean cross-entropy."""
-        predicted = logits.argmax(axis=1)
-        shifted = logits - logits.max(axis=1, keepdims=True)
-        log_probability = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-        return {
-            "accuracy": float((predicted == labels).mean()),
-            "macro_f1": _macro_f1(predicted, labels),
-            "loss": float(-log_probability[np.arange(len(labels)), labels].mean()),
-        }
-
-
-def _macro_f1(predicted: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> float:
-    scores: Mapping[int, float] = {
-        int(code): 2 * float(((predicted == code) & (labels == code)).sum()) / float((predicted == code).sum() + (labels == code).sum())
-        for code in np.union1d(predicted, labels)
-    }
-    return float(np.mean(list(scores.values())))
+    def measure(self, outputs: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Metrics:
+        """From logits [texts, classes]: see `classes.metrics`."""
+        return classes.metrics(outputs, labels)

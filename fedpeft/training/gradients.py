@@ -47,7 +47,7 @@ def full_gradients(
     try:
         for rows in batches:
             inputs, labels = data.batch(rows, adapted.base.tokenizer, adapted.base.device)
-            task.loss(adapted.model(**inputs).logits, labels).mean().backward()
+            task.losses(adapted.model, inputs, labels).mean().backward()
             adapted.model.zero_grad()
     finally:
         for hook in hooks:

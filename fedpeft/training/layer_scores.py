@@ -52,7 +52,7 @@ class LayerScores:
         with _squares(adapted, layers) as squares:
             for part in parts:
                 inputs, labels = data.batch(part, adapted.base.tokenizer, adapted.base.device)
-                task.loss(adapted.model(**inputs).logits, labels).mean().backward()
+                task.losses(adapted.model, inputs, labels).mean().backward()
         return {"scores": len(data) * squares / len(parts), "examples": np.array([float(len(data))])}
 
     def finish(self, total: Arrays, layout: Layout) -> Arrays:

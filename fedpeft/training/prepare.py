@@ -18,8 +18,10 @@ from fedpeft.privacy.guard import Guard
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.privacy.planning import Plan
 from fedpeft.strategies.strategy import Strategy
+from fedpeft.tasks.task import Task
 from fedpeft.training import private
 from fedpeft.training.job import local_steps
+from fedpeft.training.prefix import Prefix
 
 ADAPTER = "adapter"  # the action of the survey that an adapter needs
 
@@ -30,13 +32,13 @@ class Prepared:
 
     adapted: Adapted
     strategy: Strategy
-    task: Any
+    task: Task
     surveys: Mapping[str, Any]  # action -> survey that the config agrees to
 
 
 def check(config: Config, labels: int, problems: Problems) -> None:
     """What can be found wrong with model, adapter and device before any weights are read."""
-    task, adapter = find("task", config.model.task)(), config.adapter.build()
+    task, adapter = config.model.build(), config.adapter.build()
     with problems.gather():
         skeleton = base.skeleton(config.model, task, labels)
         adapter.check(skeleton, task.peft_task)
@@ -50,20 +52,26 @@ def check(config: Config, labels: int, problems: Problems) -> None:
 
 def prepare(config: Config, labels: int) -> Prepared:
     """Load the base and put the adapter on it, both as the seed says. Raises UserError."""
-    task = find("task", config.model.task)()
+    task: Task = config.model.build()
     adapter: Adapter = config.adapter.build()
     strategy: Strategy = config.strategy.build()
     loaded = base.load(config.model, task, labels, config.training, config.seed)
     adapted = adapter.attach(loaded, task.peft_task, config.seed, train_head=config.training.head == "trained")
     strategy.check(adapted.layout())
     adapted.add_sparse(strategy.sparse(adapted.layout(), config.seed))
-    surveys = {config.training.head_init: find("head_init", config.training.head_init)(), ADAPTER: adapter.survey()}
+    adapted.prefix = Prefix(adapted, config.training.prefix_cache, config.training.prefix_cache_gb)
+    surveys = {ADAPTER: adapter.survey()}
+    if task.class_statistics:
+        surveys = {config.training.head_init: find("head_init", config.training.head_init)(), **surveys}
     return Prepared(adapted, strategy, task, {action: survey for action, survey in surveys.items() if survey and survey.asks})
 
 
 def plans(config: Config, clients: Mapping[str, int]) -> list[Plan]:
-    """What each client will do under privacy, by its name and number of examples. Raises UserError with the problems of all."""
+    """What each client will do under privacy, by its name and number of examples, or all of them together, where the unit is a
+    client. Raises UserError with the problems of all."""
     assert config.privacy is not None
+    if config.privacy.of_clients:
+        return [planning.client_plan(config.privacy, len(clients), config.strategy.fraction_train, config.strategy.num_rounds)]
     batch = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
     found, problems = [], Problems()
     for name, examples in clients.items():
@@ -77,8 +85,9 @@ def plans(config: Config, clients: Mapping[str, int]) -> list[Plan]:
 def guards(
     config: Config, adapted: Adapted, clients: Mapping[int, tuple[str, int]], ledger: Callable[[int], pathlib.Path | None]
 ) -> dict[int, Guard]:
-    """The guard of each client, client -> (its name, number of examples), with its ledger at `ledger(client)`; none without privacy."""
-    if config.privacy is None:
+    """The guard of each client, client -> (its name, number of examples), with its ledger at `ledger(client)`; none where the clients
+    have nothing to guard: without privacy, and where the server adds the noise."""
+    if config.privacy is None or config.privacy.of_clients:
         return {}
     private.check(adapted)
     planned = plans(config, {name: examples for name, examples in clients.values()})

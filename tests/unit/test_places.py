@@ -7,12 +7,13 @@ import pytest
 
 from fedpeft import Config, UserError
 from fedpeft.data import corpus
+from fedpeft.tasks.sequence_classification import SequenceClassification
 
 ROWS = [{"text": f"text number {number}", "label": "ab"[number % 2]} for number in range(20)]
 
 
 def load(name, **data):
-    return corpus.load(Config.from_dict({"data": {"name": str(name), **data}}).data, {"text": "text"}, 0)
+    return corpus.load(Config.from_dict({"data": {"name": str(name), **data}}).data, SequenceClassification(), 0)
 
 
 def as_csv(rows, separator=","):

@@ -99,7 +99,7 @@ def table(partition: Partition, examples: Examples) -> tuple[list[str], list[lis
     """
     counts = label_counts(partition, examples)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # [clients, classes]
-    names = examples.label_names or tuple(str(label) for label in range(counts.shape[1]))
+    names = (*examples.label_names, "none")[: counts.shape[1]] if examples.label_names else tuple(map(str, range(counts.shape[1])))
     few = len(names) <= NAMED_CLASSES
     rows = []
     for name, count, share in zip(partition.names, counts, shares, strict=True):
