@@ -127,6 +127,7 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "simulation": {
         "in-process": "fedpeft.simulations.grid:LocalGrid",
+        "ray": "fedpeft.simulations.ray_grid:RayGrid",
     },
 }
 

@@ -256,4 +256,10 @@ class SimulationSection(Section):
     """How a federation is simulated on one machine."""
 
     named = {"engine": "simulation"}
-    engine: str = Field("in-process", description="where simulated clients live")
+    engine: str = Field("in-process", description="where simulated clients live: in this process, or in actors of Ray")
+    actors: int | None = Field(None, ge=1, description="of engine ray: how many; null: one a GPU, or one a CPU where there is none")
+    cpus_per_actor: float = Field(1.0, gt=0, description="of engine ray: CPUs that an actor takes, which is also its number of threads")
+    gpus_per_actor: float | None = Field(None, ge=0, description="of engine ray: share of a GPU, or GPUs; null: an equal share of all")
+    address: str | None = Field(
+        None, description='of engine ray: "auto" or HOST:PORT of a Ray cluster that runs; null: one is started here, and stopped'
+    )

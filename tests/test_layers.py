@@ -59,6 +59,7 @@ FLOWER = {
     "exchange.py",
     "rounds.py",
     "grid.py",
+    "ray_grid.py",
     "roster.py",
     "resident.py",
     "participation.py",

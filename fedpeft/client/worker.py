@@ -66,7 +66,7 @@ class Worker:
     def answer(self, assignments: Sequence[Assignment]) -> list[Update | Failure]:
         """Do what is asked, in the order asked. What breaks is a Failure with its reason, and the rest goes on."""
         for assignment in assignments:
-            self._keep(assignment)
+            self.keep(assignment)
         refused = {id(a): refusal for a in assignments if (refusal := self._refused(a))}
         trained = iter(self._train([a for a in assignments if a.action == wire.TRAIN and id(a) not in refused]))
         return [refused.get(id(a)) or (next(trained) if a.action == wire.TRAIN else self._other(a)) for a in assignments]
@@ -146,7 +146,7 @@ class Worker:
         said = f"holds other frozen tensors than the server (digest {mine[:16] or 'none'}, there {assignment.held[:16] or 'none'})"
         return Failure(assignment.round, assignment.client, f"other seed, library or history: {said}")
 
-    def _keep(self, assignment: Assignment) -> None:
+    def keep(self, assignment: Assignment) -> None:
         """Remember, for the rounds to come, what is sent but once; merges of a round that is being played again are forgotten."""
         at = Round(assignment.round, self.config.strategy.num_rounds, self.layout, self.config.seed, self.clients)
         resting = self.adapted.adapter.resting(self.layout, {**self.drawn, **self.kept, **assignment.arrays})

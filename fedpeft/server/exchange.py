@@ -1,7 +1,7 @@
 """Send a round's messages through a Flower `Grid` and hand on the replies in the order of clients, each as soon as it can be.
 
-A grid whose clients are in this process, or in processes of ours, says how many it wants at a time: `grid.cohort` clients
-together, and so many such cohorts ahead of the one that is waited for (`grid.cohorts_at_once`). Others are sent everything at
+A grid whose clients are in this process, or in processes of ours, says how many it wants at a time: `grid.cohort(asked)` clients
+together, and so many such cohorts on their way (`grid.cohorts_at_once`). Others are sent everything at
 once. So a simulation of thousands of clients holds the messages of a few cohorts, and a deployment those that came too early.
 
 A client that goes away in between (it was killed, or cut off) and has lost its message is asked again when it is back soon: its
@@ -65,7 +65,8 @@ class Exchange:
 
     def _replies(self, roster: dict[int, int], timeout: float) -> Iterator[Reply]:
         ends = time.monotonic() + timeout
-        size = getattr(self.grid, "cohort", 0) or max(1, len(self.assignments))
+        together: Callable[[int], int] = getattr(self.grid, "cohort", lambda asked: max(1, asked))
+        size = together(len(self.assignments))
         cohorts = [self.assignments[start : start + size] for start in range(0, len(self.assignments), size)]
         ahead = iter(cohorts)
         for number, cohort in enumerate(cohorts):

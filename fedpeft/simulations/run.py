@@ -11,7 +11,7 @@ from fedpeft.arrays import weighted_mean
 from fedpeft.config import Config
 from fedpeft.data import partitions
 from fedpeft.data.partitions.picture import draw
-from fedpeft.errors import Problem, UserError
+from fedpeft.errors import Problem, Problems, UserError
 from fedpeft.lookup import find
 from fedpeft.privacy.statement import statement
 from fedpeft.quiet import quiet_libraries
@@ -55,15 +55,24 @@ def simulate(config: Config, out: str | pathlib.Path | None = None, resume: bool
     folder = RunFolder(pathlib.Path(out) if out is not None else free_folder(config.name))
     if resume:
         folder.reopen(config)
+    grids = find("simulation", config.simulation.engine)
+
+    def check() -> None:
+        problems = Problems()
+        for checked in (grids.check, *(() if resume else (folder.check_free,))):
+            with problems.gather():
+                checked()
+        problems.raise_if_any()
+
     with quiet_libraries():
-        parts = assemble(config, None if resume else folder.check_free, folder.ledgers)
-        if not resume:
-            folder.create(config)
-        announce(config, parts, folder, screen)
-        grid = find("simulation", config.simulation.engine)(parts.worker)
-        federation = _federation(config, parts, lambda: grid.roster, folder.ledger)
-        keep_samples("before", config, parts, federation, federation.arrays, folder)
-        outcome = rounds.run(federation, grid, folder, screen)
+        parts = assemble(config, check, folder.ledgers)
+        with grids(parts.worker) as grid:
+            if not resume:
+                folder.create(config)
+            announce(config, parts, folder, screen)
+            federation = _federation(config, parts, lambda: grid.roster, folder.ledger)
+            keep_samples("before", config, parts, federation, federation.arrays, folder)
+            outcome = rounds.run(federation, grid, folder, screen)
         summary = finish(config, parts, federation, outcome, folder)
     screen.finished(summary, folder.path)
     return RunResult(summary, folder.path, outcome.arrays)
