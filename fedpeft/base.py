@@ -100,7 +100,7 @@ def load(section: ModelSection, task: Any, label_count: int, training: TrainingS
             section,
             lambda place: task.model_class().from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **how),
         )
-    tokenizer = task.processor(lambda load: _hugging_face(section, load))
+    tokenizer = processor(section, task)
     if (pad := getattr(tokenizer, "pad_token_id", None)) is not None:
         if pad >= model.config.get_text_config().vocab_size:  # a token that was added to the tokenizer and not to the model
             tokenizer.pad_token = tokenizer.eos_token
@@ -124,6 +124,11 @@ def _without_dropout(model: torch.nn.Module) -> None:
             for name, value in list(vars(holder).items()) if holder is not None else ():
                 if "drop" in name and isinstance(value, float):
                     setattr(holder, name, 0.0)
+
+
+def processor(section: ModelSection, task: Any) -> Any:
+    """The tokenizer or image processor that comes with the base. Raises UserError."""
+    return task.processor(lambda load: _hugging_face(section, load))
 
 
 def _other_shapes(mismatched: Iterable[tuple[Any, ...]], model: Any) -> list[str]:

@@ -1,6 +1,5 @@
 """Pictures: parquet and folders, domains, what cannot be decoded, engines that agree, and a reload by stock PEFT."""
 
-import io
 import json
 
 import numpy as np
@@ -12,69 +11,10 @@ from fedpeft.simulations.assemble import assemble, deal
 from fedpeft.training import evaluate, many, one
 from fedpeft.training.job import Job
 from fedpeft.training.prefix import Prefix
-
-COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
-
-
-def png(colour, noise):
-    from PIL import Image
-
-    pixels = np.clip(np.array(colour) + np.random.default_rng(noise).normal(0, 20, (20, 24, 3)), 0, 255).astype(np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, format="PNG")
-    return out.getvalue()
+from tests.conftest import COLOURS, pictures, png
 
 
-def pictures(count=48):
-    """Rows with bytes: three colours in two domains."""
-    names = list(COLOURS)
-    return [
-        {"image": {"bytes": png(COLOURS[names[n % 3]], n), "path": None}, "label": names[n % 3], "domain": "dark" if n % 2 else "light"}
-        for n in range(count)
-    ]
-
-
-@pytest.fixture(scope="session")
-def pictures_parquet(tmp_path_factory):
-    import datasets
-
-    file = tmp_path_factory.mktemp("pictures") / "pictures.parquet"
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(COLOURS)), "domain": datasets.Value("string")}
-    datasets.Dataset.from_list(pictures(), features=datasets.Features(features)).to_parquet(file)
-    return file
-
-
-@pytest.fixture(scope="session")
-def tiny_vit(tmp_path_factory):
-    return save_vit(tmp_path_factory.mktemp("tiny_vit"))
-
-
-def save_vit(folder, classes=10):
-    """A two-layer ViT with random weights and a head for ten other classes."""
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
-
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=classes, **sizes)).save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def settings(tiny_vit, pictures_parquet):
-    return {
-        "name": "tiny-pictures",
-        "model": {"name": str(tiny_vit), "task": "image-classification"},
-        "data": {"name": str(pictures_parquet), "test_fraction": 0.25},
-        "partition": {"name": "domain", "clients": 2},
-        "adapter": {"name": "lora", "r": 4, "target_modules": "all-linear"},
-        "strategy": {"num_rounds": 2},
-        "training": {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant"},
-    }
-
-
-def test_folders_are_read_as_parquet_is(settings, tmp_path):
+def test_folders_are_read_as_parquet_is(tiny_picture_settings, tmp_path):
     """A folder a class, or a domain and then a class; beside each other, or below train and test."""
     for number, row in enumerate(pictures()):
         for place in (row["label"], f"{row['domain']}/{row['label']}"):
@@ -84,28 +24,28 @@ def test_folders_are_read_as_parquet_is(settings, tmp_path):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(row["image"]["bytes"])
     for folder, domains, tested in (("classes", None, 12), ("domains", {"dark", "light"}, 12), ("split", {"dark", "light"}, 12)):
-        config = Config.from_dict({**settings, "partition": {"name": "iid", "clients": 2}})
+        config = Config.from_dict({**tiny_picture_settings, "partition": {"name": "iid", "clients": 2}})
         config = Config.from_dict({**config.as_dict(), "data": {"name": str(tmp_path / folder), "test_fraction": 0.25}})
         found = deal(config).corpus
         assert (len(found.train), len(found.test), found.train.label_names) == (36, tested, ("blue", "green", "red"))
         assert (None if found.train.domains is None else set(found.train.domains)) == domains
         assert {str(path).split("/")[-2] for path in found.train.columns["image"]} == set(COLOURS)
-    parts = assemble(Config.from_dict({**settings, "data": {"name": str(tmp_path / "split")}}))
-    whole = assemble(Config.from_dict(settings))
+    parts = assemble(Config.from_dict({**tiny_picture_settings, "data": {"name": str(tmp_path / "split")}}))
+    whole = assemble(Config.from_dict(tiny_picture_settings))
     seen = {row["pixel_values"].tobytes() for part in (parts, whole) for row in part.test.inputs + part.worker.nodes[0].train.inputs}
     everything = [row for node in whole.worker.nodes.values() for row in node.train.inputs] + whole.test.inputs
     assert seen <= {row["pixel_values"].tobytes() for row in everything}
 
 
-def test_pictures_that_do_not_lie_alike_are_refused(settings, tmp_path):
+def test_pictures_that_do_not_lie_alike_are_refused(tiny_picture_settings, tmp_path):
     for place in ("a/x.png", "a/b/y.png"):
         (tmp_path / "folder" / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / place).write_bytes(png((1, 2, 3), 0))
     with pytest.raises(UserError, match="do not lie alike"):
-        deal(Config.from_dict({**settings, "data": {"name": str(tmp_path / "folder")}}))
+        deal(Config.from_dict({**tiny_picture_settings, "data": {"name": str(tmp_path / "folder")}}))
 
 
-def test_a_broken_picture_is_skipped_and_counted_and_all_broken_are_an_error(settings, tmp_path):
+def test_a_broken_picture_is_skipped_and_counted_and_all_broken_are_an_error(tiny_picture_settings, tmp_path):
     import datasets
 
     rows = pictures()
@@ -119,37 +59,37 @@ def test_a_broken_picture_is_skipped_and_counted_and_all_broken_are_an_error(set
         }
     )
     datasets.Dataset.from_list(rows, features=plain).to_parquet(tmp_path / "some.parquet")
-    parts = assemble(Config.from_dict({**settings, "data": {"name": str(tmp_path / "some.parquet"), "test_fraction": 0.25}}))
+    parts = assemble(Config.from_dict({**tiny_picture_settings, "data": {"name": str(tmp_path / "some.parquet"), "test_fraction": 0.25}}))
     assert sum("cannot be read as a picture" in note for note in parts.notes) >= 1
     assert sum(len(node.train) for node in parts.worker.nodes.values()) + len(parts.test) == 46
     for row in rows:
         row["image"]["bytes"] = b"nothing"
     datasets.Dataset.from_list(rows, features=plain).to_parquet(tmp_path / "none.parquet")
     with pytest.raises(UserError, match=r"no example of .* can be used: row \d+: cannot be read as a picture"):
-        assemble(Config.from_dict({**settings, "data": {"name": str(tmp_path / "none.parquet")}}))
+        assemble(Config.from_dict({**tiny_picture_settings, "data": {"name": str(tmp_path / "none.parquet")}}))
 
 
-def test_a_cell_that_is_no_picture_is_named_with_its_row(settings, tmp_path):
+def test_a_cell_that_is_no_picture_is_named_with_its_row(tiny_picture_settings, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"image": 3, "label": n % 2, "domain": "a"}) for n in range(9)))
     with pytest.raises(UserError, match="row 1 of the train rows holds a int where a picture should be"):
-        deal(Config.from_dict({**settings, "data": {"name": str(tmp_path / "rows.jsonl")}}))
+        deal(Config.from_dict({**tiny_picture_settings, "data": {"name": str(tmp_path / "rows.jsonl")}}))
 
 
-def test_domains_are_clients_and_one_may_be_split_further(settings):
+def test_domains_are_clients_and_one_may_be_split_further(tiny_picture_settings):
     for clients, further, groups in ((2, None, [{"dark"}, {"light"}]), (4, {"light": 3}, [{"dark"}, *[{"light"}] * 3])):
-        split = deal(Config.from_dict({**settings, "partition": {"name": "domain", "clients": clients, "split": further}}))
+        split = deal(Config.from_dict({**tiny_picture_settings, "partition": {"name": "domain", "clients": clients, "split": further}}))
         domains = split.corpus.train.domains
         assert [{domains[row] for row in rows} for rows in split.partition.indices] == groups
     for further, says in (({"grey": 2}, "there is no domain grey; allowed: dark, light"), ({"dark": 2}, "2 clients.* comes to 3")):
         with pytest.raises(UserError, match=says):
-            deal(Config.from_dict({**settings, "partition": {"name": "domain", "clients": 2, "split": further}}))
+            deal(Config.from_dict({**tiny_picture_settings, "partition": {"name": "domain", "clients": 2, "split": further}}))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_many_clients_train_in_one_pass_as_one_by_one(dropout, settings):
-    adapter = {**settings["adapter"], "lora_dropout": dropout}
-    training = {**settings["training"], "optimizer": "sgd", "learning_rate": 0.1}
-    parts = assemble(config := Config.from_dict({**settings, "adapter": adapter, "training": training}))
+def test_many_clients_train_in_one_pass_as_one_by_one(dropout, tiny_picture_settings):
+    adapter = {**tiny_picture_settings["adapter"], "lora_dropout": dropout}
+    training = {**tiny_picture_settings["training"], "optimizer": "sgd", "learning_rate": 0.1}
+    parts = assemble(config := Config.from_dict({**tiny_picture_settings, "adapter": adapter, "training": training}))
     jobs = [Job(client, 1, parts.adapted.read(), parts.adapted.trained, node.train) for client, node in parts.worker.nodes.items()]
     for left, right in zip(*(engine.train(parts.adapted, parts.task, config, jobs) for engine in (one, many)), strict=True):
         assert not right.fell_back
@@ -157,11 +97,11 @@ def test_many_clients_train_in_one_pass_as_one_by_one(dropout, settings):
             np.testing.assert_allclose(left.arrays[name], right.arrays[name], atol=1e-5, err_msg=name)
 
 
-def test_states_kept_of_the_frozen_layers_change_nothing(settings):
+def test_states_kept_of_the_frozen_layers_change_nothing(tiny_picture_settings):
     adapter = {"name": "lora", "r": 4, "target_modules": r".*\.1\..*(query|value|q_proj|v_proj)"}
-    training = {**settings["training"], "optimizer": "sgd", "learning_rate": 0.1, "prefix_cache": "memory"}
-    model = {**settings["model"], "dropout": False}
-    parts = assemble(config := Config.from_dict({**settings, "model": model, "adapter": adapter, "training": training}))
+    training = {**tiny_picture_settings["training"], "optimizer": "sgd", "learning_rate": 0.1, "prefix_cache": "memory"}
+    model = {**tiny_picture_settings["model"], "dropout": False}
+    parts = assemble(config := Config.from_dict({**tiny_picture_settings, "model": model, "adapter": adapter, "training": training}))
     jobs = [Job(client, 1, parts.adapted.read(), parts.adapted.trained, node.train) for client, node in parts.worker.nodes.items()]
     ended = many.train(parts.adapted, parts.task, config, jobs)
     assert parts.adapted.prefix._store._kept
@@ -176,7 +116,7 @@ def test_colours_are_learnt_and_peft_reloads_what_was_federated(settings, tiny_v
     from peft import PeftModel
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    config = Config.from_dict(settings)
+    config = Config.from_dict(tiny_picture_settings)
     run, parts = simulate(config, tmp_path / "run"), assemble(config)
     assert run.summary["metrics"]["accuracy"] == 1.0
     parts.adapted.write(run.arrays)

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     import torch
 
 
+def named(label_count: int) -> dict[str, dict[Any, Any]]:
+    """What a model's config is told of so many classes, whatever a checkpoint says of its own: their number, by names."""
+    names = {code: f"LABEL_{code}" for code in range(label_count)}
+    return {"id2label": names, "label2id": {name: code for code, name in names.items()}}
+
+
 def targets(examples: Examples) -> NDArray[Any]:
     """What the model is to say: [examples] of int64, or [examples, classes] of float32."""
     if examples.label_sets is not None:

@@ -47,7 +47,7 @@ class ImageClassification(Task):
 
     def model_settings(self, label_count: int) -> dict[str, Any]:
         """As many outputs as classes."""
-        return {"num_labels": label_count}
+        return classes.named(label_count)
 
     def processor(self, read: Callable[[Any], Any]) -> Any:
         """What resizes and normalises pictures as the checkpoint was trained with, by PIL: the same numbers on every machine."""
@@ -75,6 +75,12 @@ class ImageClassification(Task):
         nothing = np.zeros_like(processed[0]) if processed else np.zeros((3, 1, 1), np.float32)
         inputs = [{"pixel_values": nothing if row in left_out else next(found)} for row in range(len(examples))]
         return Encoded(inputs, classes.targets(examples), len(examples.label_names), 0, left_out, _patches(base, nothing))
+
+    def tell(self, inputs: dict[str, np.ndarray[Any, Any]], label: Any, names: tuple[str, ...], base: Base) -> tuple[str, str]:
+        """Size and range of a picture, as the model sees it."""
+        pixels = inputs["pixel_values"]
+        size = " x ".join(map(str, pixels.shape))
+        return f"{size} numbers; trains: {names[int(label)]}", f"from {pixels.min():.2f} to {pixels.max():.2f}, mean {pixels.mean():.2f}"
 
     def losses(self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of each picture, [batch]."""

@@ -58,7 +58,7 @@ class SequenceClassification(Task):
 
     def model_settings(self, label_count: int) -> dict[str, Any]:
         """As many outputs as classes; the problem type is for whoever loads the exported model."""
-        return {"num_labels": label_count} | ({"problem_type": "multi_label_classification"} if self.multi_label else {})
+        return classes.named(label_count) | ({"problem_type": "multi_label_classification"} if self.multi_label else {})
 
     def encode(self, examples: Examples, base: Base, data: DataSection) -> Encoded:
         """Tokenise once. Of a text longer than `max_length` tokens the end is cut; of a pair, the end of the longer one, so that both stay.
