@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from fedpeft import seeds
 
-
 AT_ONCE = 8192  # numbers, whose uniform ones stay in a processor's cache
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,7 +60,8 @@ class SequenceClassification(Settings):
         return functional.cross_entropy(logits.float(), labels, reduction="none")
 
     def measure(self, logits: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Metrics:
-        """From logits [records, classes]: accuracy, mean F1 of the classes that occur or are predicted, mean cross-entropy."""
+        """From logits [records, classes]: accuracy, mean F1 of the classes that occur or are predicted, mean cross-entropy; of two
+        classes also F1 of the second."""
         predicted = logits.argmax(axis=1)
         shifted = logits - logits.max(axis=1, keepdims=True)
         log_probability = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -69,12 +69,14 @@ class SequenceClassification(Settings):
             "accuracy": float((predicted == labels).mean()),
             "macro_f1": _macro_f1(predicted, labels),
             "loss": float(-log_probability[np.arange(len(labels)), labels].mean()),
+            **({"f1": _f1(predicted == 1, labels == 1)} if logits.shape[1] == 2 else {}),
         }
 
 
 def _macro_f1(predicted: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> float:
-    scores: Mapping[int, float] = {
-        int(code): 2 * float(((predicted == code) & (labels == code)).sum()) / float((predicted == code).sum() + (labels == code).sum())
-        for code in np.union1d(predicted, labels)
-    }
-    return float(np.mean(list(scores.values())))
+    return float(np.mean([_f1(predicted == code, labels == code) for code in np.union1d(predicted, labels)]))
+
+
+def _f1(predicted: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> float:
+    """2 x both / (predicted + true); 0 where there is neither."""
+    return 2 * float((predicted & truth).sum()) / max(1.0, float(predicted.sum() + truth.sum()))
