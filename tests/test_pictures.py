@@ -112,7 +112,7 @@ def test_states_kept_of_the_frozen_layers_change_nothing(tiny_picture_settings):
             np.testing.assert_allclose(left.arrays[name], right.arrays[name], atol=1e-5, err_msg=name)
 
 
-def test_colours_are_learnt_and_peft_reloads_what_was_federated(settings, tiny_vit, pictures_parquet, tmp_path):
+def test_colours_are_learnt_and_peft_reloads_what_was_federated(tiny_picture_settings, tiny_vit, pictures_parquet, tmp_path):
     from peft import PeftModel
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
