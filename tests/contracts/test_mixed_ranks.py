@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_strategies import WRAPPERS, draw_case, product, relative
+from .test_strategies import WRAPPERS, draw_case, product, relative
 
 from fedpeft import Config, UserError
 from fedpeft.adapters.ranks import Named, deal, highest

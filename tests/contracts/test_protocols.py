@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from test_strategies import cases, draw_case, product, relative
+from .test_strategies import cases, draw_case, product, relative
 
 from fedpeft import Config, UserError, simulate
 from fedpeft.lookup import TABLES, find
