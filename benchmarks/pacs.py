@@ -38,7 +38,7 @@ SPLITS = {
     "domains": ["partition={name: domain, clients: 4}"],
     "further": ["partition={name: domain, clients: 6, alpha: 0.5, split: {sketch: 3}}"],
 }
-RATES = ["3e-3", "1e-2", "3e-2"]
+RATES = ["5e-3", "2e-2"]
 SEEDS = 3
 
 

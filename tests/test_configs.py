@@ -10,14 +10,25 @@ from fedpeft import Config, simulate
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
 SHORT = ["strategy.num_rounds=1", "training.max_steps=1", "data.max_examples=300", "partition.min_examples=1", "data.max_length=16"]
-LOCAL = {"ag_news.yaml": "ag_news", "log_anomaly.yaml": "bgl_2k"}  # the folder of real data that stands in for what is not shipped
+# The folders of real data that stand in for the Hub, and what is said differently for them, as the config's own first lines have it.
+LOCAL = {
+    "ag_news.yaml": ["data.name={data}/ag_news"],
+    "log_anomaly.yaml": ["data.name={data}/bgl_2k"],
+    "text_pairs.yaml": ["data.name={data}/qnli", "data.test=null"],
+    "instruction_tuning.yaml": [
+        *("model.name={data}/models/stories260k", "model.chat_template=plain", "data.name={data}/dolly15k"),
+        *("data.columns.context=input", "data.columns.completion=output", "data.max_length=256", "model.max_new_tokens=4"),
+    ],
+    "images.yaml": ["data.name={data}/pacs_2k", "data.columns.domain=client_id", "model.name={vit}"],
+}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_a_ready_config_runs_shortened(file, tmp_path, request):
     local = []
     if file.name in LOCAL:
-        local = [f"data.name={request.getfixturevalue('real_data') / LOCAL[file.name]}"]
+        places = {"data": request.getfixturevalue("real_data"), "vit": request.getfixturevalue("tiny_vit")}
+        local = [override.format(**places) for override in LOCAL[file.name]]
     run = simulate(Config.load(file, [*SHORT, *local]), tmp_path / "run")
     assert run.summary["rounds_completed"] == 1
     assert run.summary["rejected_updates"] == 0
