@@ -1,25 +1,29 @@
-"""Engine `many` against engine `one`, a plain PEFT loop, and the matrix products that no engine can do without.
+"""The engine `many` against the ways people simulate a federation now, and against the products that no engine can do without.
 
-    python benchmarks/engine.py --data DIR [--quick] [--threads N]
+    python benchmarks/engine.py --data DIR [--sections minilm,llama,whole] [--clients 8,32,128] [--batches 4,8,16] [--quick]
 
-DIR holds ag_news/ with train.csv.gz and test.csv.gz (columns text and label). MiniLM in float32, LoRA of rank 8 on query
-and value, texts cut at 64 tokens, AdamW; every contestant trains the same clients on the same batches from the same start.
+DIR holds ag_news/train.csv.gz (columns text and label). LoRA of rank 8 on query and value, AdamW; every contestant trains the
+same clients on the same batches from the same start, so that its numbers can be compared with the others'.
 
-  loop   one model, the adapter swapped in and out by PEFT's own functions, a client after another, as it is usually written
-  one    the reference engine
-  many   all clients in one pass
-  floor  the products with the base's own weights alone, forward and backward, over the tokens without any padding
+  loop     one model, the adapter swapped in and out by PEFT's own functions, a client after another, as it is usually written
+  one      the reference engine (where there are 32 clients and batches of 8)
+  many     all clients in one pass
+  floor    the products with the base's own weights alone, forward and backward, over the tokens without any padding
+  cached   Flower's simulation on Ray with the loop's client, its model kept by each actor     (section whole)
+  loads    the same, the model loaded for each message, as in Flower's examples                (section whole)
 
-Contestants take turns within each repetition; the table has medians and their ratios, each with the dropout that the model's
-config asks for and without. Memory is the peak beyond the loaded model, in a process of its own. `rounding` is how far the
-loop comes from itself when every batch is padded to the full 64 tokens, which changes nothing but the order of sums. Writes
-benchmarks/results/engine.json.
+Sections: MiniLM on AG News in float32; a Llama of random weights on random tokens; whole runs, from the command to the last
+file, each in processes of its own. Contestants take turns; wall and CPU seconds are medians of the repetitions, memory is the
+peak beyond the loaded model in a process of its own, or the largest GPU allocation. `rounding` is how far the loop comes from
+itself when every batch is padded to the full length, which changes nothing but the order of sums. Results go to
+benchmarks/results/engine.json (--out), section by section as they come; the rows of one section are of one run.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import gc
 import json
 import multiprocessing
@@ -27,155 +31,134 @@ import os
 import pathlib
 import platform
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fedpeft import environment
 
 environment.prepare()
 
-import numpy as np  # noqa: E402
 import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-
-from fedpeft import Config  # noqa: E402
-from fedpeft.base import minilm_folder  # noqa: E402
-from fedpeft.quiet import quiet_libraries  # noqa: E402
-from fedpeft.records import Arrays  # noqa: E402
-from fedpeft.simulations.assemble import Parts, assemble  # noqa: E402
-from fedpeft.training import many, one  # noqa: E402
-from fedpeft.training.job import Job, batches, dropout_seed, rates  # noqa: E402
+from contest import Case, Contest, farthest, write_llama  # noqa: E402
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-MAX_LENGTH = 64
-CONTESTANTS = ("loop", "one", "many", "floor")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the table."""
-
-    clients: int
-    batch: int
-    dropout: bool
+CONTESTANTS = ("loop", "many", "floor")
+STEPS = {8: 2}  # of a client; one where there are more clients
+SHAPE = {"cpu": "small", "cuda": "1b"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=pathlib.Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="one case, two steps, three repetitions")
+    parser.add_argument("--data", type=pathlib.Path, help="needed by the sections minilm and whole")
+    parser.add_argument("--sections", default="minilm,llama,whole")
+    parser.add_argument("--clients", default="8,32,128")
+    parser.add_argument("--batches", default="4,8,16")
+    parser.add_argument("--shape", help="of the Llama: tiny, small (on a CPU), 1b (on a GPU)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the Llama's base")
+    parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="one small case of each section")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "engine.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    if given.quick:
-        cases, steps, repetitions = [Case(8, 8, True), Case(8, 8, False)], 2, 3
-    else:
-        cases = [Case(clients, batch, dropout) for dropout in (True, False) for clients in (8, 32) for batch in (4, 8, 16)]
-        steps, repetitions = 5, 5
-    rows = []
-    for case in cases:
-        rows.append(measure(case, given.data / "ag_news", steps, repetitions))
+    clients, batches = ([8], [4]) if given.quick else (numbers(given.clients), numbers(given.batches))
+    sections = given.sections.split(",")
+    if given.data is None and {"minilm", "whole"} & set(sections):
+        parser.error("--data is needed for the sections minilm and whole")
+    cells = sorted(((c, b) for c in clients for b in batches), key=lambda cell: (cell[0] * cell[1], cell[0]))
+    kept = Kept(given.out, given.device, given.quick)
+    with tempfile.TemporaryDirectory() as folder:
+        for section in sections:
+            rows: list[dict[str, Any]] = []
+            if section == "whole":
+                from whole_runs import compare
+
+                for count in clients:
+                    rows.append(compare(given.data, count, 8, STEPS.get(count, 1), given.repetitions))
+                    kept.put(section, rows)
+                whole_table(rows)
+                continue
+            base = ""
+            if section == "llama":
+                base = str(
+                    write_llama(
+                        pathlib.Path(folder) / "llama", given.shape or SHAPE[given.device[:4].rstrip(":")], given.dtype, given.device
+                    )
+                )
+            for count, batch in cells:
+                dtype = given.dtype if section == "llama" else "float32"
+                case = Case(section, count, batch, STEPS.get(count, 1), False, base, str(given.data), given.device, dtype)
+                rows.append(measure(case, given.repetitions))
+                kept.put(section, rows)
+            engine_table(rows)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+class Kept:
+    """The results file: sections that were not measured now stay as they are."""
+
+    def __init__(self, path: pathlib.Path, device: str, quick: bool) -> None:
+        self.path = path
+        path.parent.mkdir(exist_ok=True)
+        name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{platform.machine()}, {os.cpu_count()} cores"
+        self.facts = {
+            "machine": name,
+            "threads": torch.get_num_threads(),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+            "quick": quick,
+        }
+
+    def put(self, section: str, rows: list[dict[str, Any]]) -> None:
+        """Write a section, and show its last row."""
         print(json.dumps(rows[-1]), flush=True)
-    facts = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
-        "steps": steps,
-        "repetitions": repetitions,
-        "quick": given.quick,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "engine.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-    table(rows)
+        found = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        found = found if "sections" in found else {"sections": {}}
+        found["sections"][section] = {**self.facts, "load": os.getloadavg()[0], "rows": rows}
+        self.path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def table(rows: Sequence[dict[str, Any]]) -> None:
-    columns = [
-        "clients",
-        "batch",
-        "dropout",
-        "loop s",
-        "loop / one",
-        "loop / many",
-        "many / floor",
-        "CPU time: loop / many",
-        "many / floor",
-    ]
-    columns += ["memory: many / loop", "farthest from loop", "rounding"]
-    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for row in rows:
-        wall, cpu, peak = row["wall_seconds"], row["cpu_seconds"], row["peak_bytes"]
-        ratios = [wall["loop"] / wall["one"], wall["loop"] / wall["many"], wall["many"] / wall["floor"]]
-        ratios += [cpu["loop"] / cpu["many"], cpu["many"] / cpu["floor"], peak["many"] / peak["loop"]]
-        facts = [row["clients"], row["batch"], "on" if row["dropout"] else "off", f"{wall['loop']:.2f}", *(f"{r:.2f}" for r in ratios)]
-        rounding = "" if row["rounding"] is None else f"{row['rounding']:.1e}"
-        print("| " + " | ".join(map(str, [*facts, f"{row['farthest']:.1e}", rounding])) + " |")
-
-
-class Contest:
-    """A case, loaded: the clients' jobs and what trains them."""
-
-    def __init__(self, case: Case, data: pathlib.Path, steps: int) -> None:
-        training = {"max_steps": steps, "per_device_train_batch_size": case.batch, "learning_rate": 1e-3, "head_init": "random"}
-        self.config = Config.from_dict(
-            {
-                "model": {"name": "minilm"},
-                "data": {"name": str(data), "max_length": MAX_LENGTH, "max_examples": 100 * case.clients},
-                "partition": {"name": "iid", "clients": case.clients},
-                "adapter": {"name": "lora", "r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]},
-                "training": training,
-            }
-        )
-        with quiet_libraries():
-            self.parts = assemble(self.config)
-            self.loop = Loop(self.parts, self.config)
-        for model in (self.parts.adapted.model, self.loop.model):
-            if not case.dropout:
-                without_dropout(model)
-        adapted, nodes = self.parts.adapted, self.parts.worker.nodes
-        self.jobs = [Job(client, 1, adapted.read(), adapted.trained, node.train) for client, node in nodes.items()]
-        rows = [(job, row) for job in self.jobs for step in batches(self.config, job) for part in step for row in part]
-        self.tokens = sum(len(job.data.inputs[row]["input_ids"]) for job, row in rows)
-
-    def run(self, name: str) -> list[Arrays]:
-        """What `name` makes of every job; of the floor nothing comes."""
-        if name == "loop":
-            return [self.loop.train(job) for job in self.jobs]
-        if name == "floor":
-            products(self.parts, self.tokens)
-            return []
-        engine = {"one": one, "many": many}[name]
-        return [trained.arrays for trained in engine.train(self.parts.adapted, self.parts.task, self.config, self.jobs)]
-
-
-def measure(case: Case, data: pathlib.Path, steps: int, repetitions: int) -> dict[str, Any]:
-    contest = Contest(case, data, steps)
-    wall: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-    cpu: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+def measure(case: Case, repetitions: int) -> dict[str, Any]:
+    """One row of the sections minilm and llama."""
+    contest = Contest(case)
+    names = [*CONTESTANTS, *(["one"] if (case.clients, case.batch) in {(32, 8), (8, 4)} else [])]
+    wall: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
+    warm = Contest(dataclasses.replace(case, clients=2, batch=2, steps=1))
+    for name in names:
+        warm.run(name)
+    del warm
     results = {}
-    for repetition in range(repetitions + 1):
-        for name in CONTESTANTS:
+    for _ in range(repetitions):
+        for name in names:
+            synchronise(case.device)
             started = time.perf_counter(), time.process_time()
             results[name] = contest.run(name)
-            if repetition:  # the first warms up
-                wall[name].append(time.perf_counter() - started[0])
-                cpu[name].append(time.process_time() - started[1])
-    padded = [contest.loop.train(job, MAX_LENGTH) for job in contest.jobs]
+            synchronise(case.device)
+            wall[name].append(time.perf_counter() - started[0])
+            cpu[name].append(time.process_time() - started[1])
+    measured = case.batch == 8 or case.device.startswith("cuda")
     return {
-        "clients": case.clients,
-        "batch": case.batch,
-        "dropout": case.dropout,
+        **{key: getattr(case, key) for key in ("clients", "batch", "steps", "dropout", "device", "dtype")},
         "tokens": contest.tokens,
         "wall_seconds": {name: statistics.median(taken) for name, taken in wall.items()},
         "cpu_seconds": {name: statistics.median(taken) for name, taken in cpu.items()},
-        "peak_bytes": {name: in_a_process(peak_memory, name, case, data, steps) for name in ("loop", "one", "many")},
+        "peak_bytes": {name: in_a_process(peak_memory, name, case) for name in ("loop", "many")} if measured else None,
         "farthest": farthest(results["loop"], results["many"]),
-        "farthest_one": farthest(results["loop"], results["one"]),
-        "rounding": None if case.dropout else farthest(results["loop"], padded),
+        "rounding": farthest(results["loop"], contest.padded()) if case.clients == 8 else None,
     }
+
+
+def synchronise(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
 
 
 def in_a_process(function: Callable[..., int], *arguments: Any) -> int:
@@ -184,10 +167,15 @@ def in_a_process(function: Callable[..., int], *arguments: Any) -> int:
         return pool.apply(function, arguments)
 
 
-def peak_memory(name: str, case: Case, data: pathlib.Path, steps: int) -> int:
-    """Largest resident size beyond that of the loaded contest (Linux)."""
-    contest = Contest(case, data, steps)
+def peak_memory(name: str, case: Case) -> int:
+    """Largest resident size beyond that of the loaded contest (Linux), or the largest allocation on a GPU."""
+    contest = Contest(case)
     gc.collect()
+    if case.device.startswith("cuda"):
+        before = torch.cuda.memory_allocated(case.device)
+        torch.cuda.reset_peak_memory_stats(case.device)
+        contest.run(name)
+        return int(torch.cuda.max_memory_allocated(case.device) - before)
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
@@ -200,67 +188,34 @@ def resident(kind: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-class Loop:
-    """Sequential clients with nothing but Transformers and PEFT: set the adapter, train, get the adapter."""
-
-    def __init__(self, parts: Parts, config: Config) -> None:
-        base = transformers.AutoModelForSequenceClassification.from_pretrained(
-            minilm_folder(), num_labels=len(parts.split.corpus.train.label_names)
-        )
-        lora = peft.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["query", "value"])
-        self.model = peft.get_peft_model(base, lora)
-        self.tokenizer = parts.adapted.base.tokenizer
-        self.config = config
-
-    def train(self, job: Job, length: int | None = None) -> Arrays:
-        """The client's adapter and head after its steps; every batch padded to `length`, or to its own longest row."""
-        training = self.config.training
-        peft.set_peft_model_state_dict(self.model, {name: torch.from_numpy(array) for name, array in job.start.items()})
-        self.model.train()
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=training.learning_rate, weight_decay=training.weight_decay)
-        torch.manual_seed(dropout_seed(self.config, job))
-        for rate, (rows,) in zip(rates(self.config, len(job.data), job.round), batches(self.config, job), strict=True):
-            optimizer.param_groups[0]["lr"] = rate
-            examples = [job.data.inputs[row] for row in rows]
-            inputs = self.tokenizer.pad(examples, padding="max_length" if length else True, max_length=length, return_tensors="pt")
-            loss = self.model(**inputs, labels=torch.from_numpy(job.data.labels[rows])).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable, training.max_grad_norm)
-            optimizer.step()
-        return {name: tensor.numpy().copy() for name, tensor in peft.get_peft_model_state_dict(self.model).items()}
+def engine_table(rows: Sequence[dict[str, Any]]) -> None:
+    columns = ["clients", "batch", "loop s", "loop / many", "many / floor", "CPU time: loop / many", "many / floor"]
+    columns += ["memory: many / loop", "farthest from loop", "rounding"]
+    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for row in rows:
+        wall, cpu, peak = row["wall_seconds"], row["cpu_seconds"], row["peak_bytes"]
+        ratios = [wall["loop"] / wall["many"], wall["many"] / wall["floor"], cpu["loop"] / cpu["many"], cpu["many"] / cpu["floor"]]
+        cells = [row["clients"], row["batch"], f"{wall['loop']:.2f}", *(f"{ratio:.2f}" for ratio in ratios)]
+        cells += [f"{peak['many'] / max(1, peak['loop']):.2f}" if peak else "", f"{row['farthest']:.1e}"]
+        print("| " + " | ".join(map(str, [*cells, "" if row["rounding"] is None else f"{row['rounding']:.1e}"])) + " |")
 
 
-def products(parts: Parts, tokens: int, at_once: int = 512) -> None:
-    """x W^T and g W for every linear layer of the encoder: what the steps on so many tokens cost at the least."""
-    weights = list(encoder_weights(parts))
-    x = {width: torch.randn(at_once, width) for weight in weights for width in weight.shape}
-    done = 0
-    with torch.no_grad():
-        while done < tokens:
-            n = min(at_once, tokens - done)
-            for weight in weights:
-                x[weight.shape[1]][:n] @ weight.T
-                x[weight.shape[0]][:n] @ weight
-            done += n
-
-
-def encoder_weights(parts: Parts) -> Iterator[torch.Tensor]:
-    for name, module in parts.adapted.base.model.named_modules():
-        if isinstance(module, torch.nn.Linear) and "encoder" in name and "lora_" not in name:
-            yield module.weight.detach()
-
-
-def without_dropout(model: Any) -> None:
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-
-
-def farthest(left: Sequence[Arrays], right: Sequence[Arrays]) -> float:
-    """The largest difference of any number of any client."""
-    return max(float(np.abs(a[name] - b[name]).max()) for a, b in zip(left, right, strict=True) for name in b)
+def whole_table(rows: Sequence[dict[str, Any]]) -> None:
+    columns = ["clients", "fedpeft s", "wall: cached /", "loads /", "last round: cached /", "loads /", "CPU time: cached /", "loads /"]
+    columns += ["memory: fedpeft MB", "/ cached", "farthest"]
+    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for row in rows:
+        whole, last = row["whole"], {name: seconds[-1] for name, seconds in row["round_seconds"].items()}
+        ours = whole["fedpeft"]
+        cells = [row["clients"], f"{ours['wall_seconds']:.1f}"]
+        for of in (
+            lambda name: whole[name]["wall_seconds"] / ours["wall_seconds"],  # noqa: B023
+            lambda name: last[name] / last["fedpeft"],  # noqa: B023
+            lambda name: whole[name]["cpu_seconds"] / ours["cpu_seconds"],  # noqa: B023
+        ):
+            cells += [f"{of(name):.2f}" for name in ("cached", "loads")]
+        cells += [f"{ours['peak_bytes'] / 1e6:.0f}", f"{ours['peak_bytes'] / whole['cached']['peak_bytes']:.2f}"]
+        print("| " + " | ".join(map(str, [*cells, f"{max(row['farthest'].values()):.1e}"])) + " |")
 
 
 if __name__ == "__main__":

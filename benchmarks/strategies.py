@@ -16,8 +16,6 @@ benchmarks/results/strategies.json and strategies.md.
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
 import json
 import os
 import pathlib
@@ -28,10 +26,11 @@ from fedpeft import environment
 
 environment.prepare()
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from sets import TEST, TRAIN, subset  # noqa: E402
+from tables import said, signed  # noqa: E402
 
-from fedpeft.intervals import Estimate, estimate  # noqa: E402
+from fedpeft.intervals import estimate  # noqa: E402
 from fedpeft.simulations.study import run  # noqa: E402
 from fedpeft.simulations.study_plan import Settings, plan  # noqa: E402
 from fedpeft.simulations.study_results import Cell, Results, paired, reaches  # noqa: E402
@@ -45,7 +44,6 @@ SPLITS = {
     "iid": {"partition": "{name: iid, clients: 10, min_examples: 16}"},
 }
 TUNED_AT = "dirichlet 0.5"
-TRAIN, TEST = 4000, 500  # examples kept of a set, drawn once; of SST-2 the test part is GLUE's validation split
 NAMED = ["fedavg", "ffa_lora", "lora_fair", "fedsmooth_lora", "ro_lora", "flex_lora", "fed_svd"]
 OTHERS = ["flora", "fedex_lora", "flora_na", "het_lora", "fedsa_lora", "fed_sb", "fed_ask", "slora"]
 LAID_OVER = ["fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "median", "trimmed_mean", "krum", "multi_krum"]  # at fedavg's rate
@@ -78,20 +76,6 @@ def main() -> None:
             for group, results in the_others(name, data, given.out / name).items():
                 found[name, TUNED_AT, group] = results
     write(found)
-
-
-def subset(source: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
-    """A folder with TRAIN and TEST rows of `source`."""
-    out.mkdir(parents=True, exist_ok=True)
-    for part, size in (("train", TRAIN), ("test", TEST)):
-        with gzip.open(source / f"{part}.csv.gz", "rt", encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        kept = np.sort(np.random.default_rng(0).permutation(len(rows))[:size])
-        with (out / f"{part}.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, ["text", "label"], extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows[row] for row in kept)
-    return out
 
 
 def every_split(name: str, data: pathlib.Path, out: pathlib.Path) -> dict[str, Results]:
@@ -206,16 +190,6 @@ def page(rows: list[dict[str, Any]]) -> str:
             ]
         lines += [""]
     return "\n".join(lines)
-
-
-def said(found: Estimate) -> str:
-    if found.mean is None:
-        return "failed"
-    return f"{found.mean:.4f}" + (f" ± {found.half_width:.4f}" if found.half_width is not None else "")
-
-
-def signed(mean: float | None, half_width: float | None) -> str:
-    return "-" if mean is None else f"{mean:+.4f}" + (f" ± {half_width:.4f}" if half_width is not None else "")
 
 
 if __name__ == "__main__":

@@ -25,15 +25,37 @@ def weighted_mean(weighted: Iterable[tuple[float, Arrays]], like: Arrays) -> Arr
 
     The result has the dtypes of `like`. Raises ZeroDivisionError when the weights add up to nothing.
     """
-    total = 0.0
-    sums = {name: np.zeros(like[name].shape, np.float64) for name in sorted(like)}
+    mean = Mean()
     for weight, arrays in weighted:
-        total += weight
-        for name, into in sums.items():
-            into += weight * arrays[name].astype(np.float64)
-    if total <= 0:
-        raise ZeroDivisionError("the weights of the selected clients add up to zero")
-    return {name: (into / total).astype(like[name].dtype) for name, into in sums.items()}
+        mean.add(weight, {name: arrays[name] for name in like})
+    return mean.taken()
+
+
+class Mean:
+    """sum_k n_k x_k / sum_k n_k of arrays that come one after another: one float64 accumulator, in the order of coming."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self._sums: Arrays = {}
+        self._dtypes: dict[str, np.dtype[np.generic]] = {}
+
+    def add(self, weight: float, arrays: Arrays) -> None:
+        """Count `arrays`, which have the names and shapes of those before, with `weight`."""
+        if not self._sums:
+            self._sums = {name: np.zeros(arrays[name].shape, np.float64) for name in sorted(arrays)}
+            self._dtypes = {name: arrays[name].dtype for name in arrays}
+        self.total += weight
+        for name, into in self._sums.items():
+            into += np.multiply(arrays[name], weight, dtype=np.float64)
+
+    def taken(self) -> Arrays:
+        """The mean, in the dtypes of the first arrays; the sums are given up on the way, so that both never stand whole.
+
+        Raises ZeroDivisionError when the weights add up to nothing.
+        """
+        if self.total <= 0:
+            raise ZeroDivisionError("the weights of the selected clients add up to zero")
+        return {name: (self._sums.pop(name) / self.total).astype(self._dtypes[name]) for name in list(self._sums)}
 
 
 def total(many: Iterable[Arrays]) -> Arrays:

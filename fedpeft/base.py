@@ -106,9 +106,24 @@ def load(section: ModelSection, task: Any, label_count: int, training: TrainingS
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
     model.requires_grad_(False)
+    if not section.dropout:
+        _without_dropout(model)
     new = {*found["missing_keys"], *_other_shapes(found["mismatched_keys"], model)}
     model = model if section.quantization else model.to(device)
     return Base(model, tokenizer, device, fingerprint(model, new), _fresh(new, task, model))
+
+
+def _without_dropout(model: torch.nn.Module) -> None:
+    """Set every dropout to zero: the modules', and the probabilities that other modules and the config carry."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(vars(holder).items()) if holder is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(holder, name, 0.0)
 
 
 def processor(section: ModelSection, task: Any) -> Any:

@@ -8,9 +8,13 @@ import pathlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from fedpeft import environment
 from fedpeft.errors import FedpeftError, Problem, RunStopped, UserError
+
+if TYPE_CHECKING:
+    from fedpeft.config import Config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,27 +97,36 @@ def partition(given: argparse.Namespace) -> None:
 
 
 def privacy(given: argparse.Namespace) -> None:
-    """what differential privacy will cost each client, before anything is trained"""
-    from rich.console import Console
-    from rich.table import Table
-
+    """what differential privacy will cost, before anything is trained (plan), and whether the code keeps it (audit)"""
     from fedpeft.config import Config
-    from fedpeft.simulations.assemble import deal
-    from fedpeft.training.prepare import plans
 
     config = Config.load(*_config_and_overrides(given.config))
     if config.privacy is None:
         raise UserError(Problem("privacy", "the config asks for none", do="give privacy.target_epsilon, or privacy.noise_multiplier"))
-    dealt = deal(config).partition
-    planned = plans(config, {name: len(rows) for name, rows in zip(dealt.names, dealt.indices, strict=True)})
-    shown = Table("client", "examples", "q", "sigma", "steps", "epsilon", "delta")
-    for plan in planned:
-        steps = plan.steps * plan.rounds
-        shown.add_row(
-            plan.name, f"{plan.examples:,}", f"{plan.q:.4f}", f"{plan.sigma:.4f}", f"{steps:,}", f"{plan.epsilon:.3f}", f"{plan.delta:.2g}"
-        )
+    {"plan": _plan, "audit": _audit}[given.what](config)
+
+
+def _audit(config: Config) -> None:
+    from fedpeft.simulations.privacy_audit import audit
+
+    found = audit(config)
+    print("\n".join(found.lines()))
+    if not found.passed:
+        raise RunStopped("the privacy that is claimed is not kept: see the lines with FAIL or VIOLATION")
+
+
+def _plan(config: Config) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fedpeft.simulations.privacy_plan import table
+
+    header, rows, said = table(config)
+    shown = Table(*header)
+    for row in rows:
+        shown.add_row(*row)
     Console().print(shown)
-    print(f"epsilon after {config.strategy.num_rounds} rounds, for a client that takes part in every one; {config.privacy.unit} level")
+    print(said)
 
 
 def study(given: argparse.Namespace) -> None:
@@ -248,7 +261,11 @@ def _parser() -> argparse.ArgumentParser:
     made["study"].add_argument("--out", required=True, metavar="DIR", help="the study's folder; the same command goes on with it")
     made["study"].add_argument("--target", type=float, metavar="X", help="show rounds and bytes until the metric first reaches X")
     made["study"].add_argument("--json", action="store_true", help="one JSON object a line instead of progress bars")
-    made["privacy"].add_argument("plan", choices=["plan"], help="sigma, steps and epsilon of every client")
+    made["privacy"].add_argument(
+        "what",
+        choices=["plan", "audit"],
+        help="plan: sigma, steps and epsilon of every client; audit: checks, and a lower bound on epsilon",
+    )
     made["privacy"].add_argument("config", nargs="*", metavar="CONFIG key=value", help="a YAML file and overrides")
     made["partition"].add_argument("--out", metavar="DIR", help="write partition.png and partition.csv there")
     made["partition"].add_argument(

@@ -104,6 +104,10 @@ TABLES: dict[str, dict[str, str]] = {
         "one": "fedpeft.training.one:train",
         "many": "fedpeft.training.many:train",
     },
+    "evaluation": {
+        "one": "fedpeft.training.evaluate:each",
+        "many": "fedpeft.training.evaluate_many:each",
+    },
     "optimizer": {
         "adamw": "fedpeft.training.optimizers:adamw",
         "sgd": "fedpeft.training.optimizers:sgd",
@@ -123,6 +127,7 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "simulation": {
         "in-process": "fedpeft.simulations.grid:LocalGrid",
+        "ray": "fedpeft.simulations.ray_grid:RayGrid",
     },
 }
 

@@ -142,14 +142,14 @@ class RoundRecord:
     asked: int
     accepted: int
     rejected: dict[str, int]  # reason -> how many clients
-    rejected_clients: dict[str, str]  # client -> reason, in full
+    rejected_clients: dict[str, str]  # client -> reason, in full, of at most a hundred
     loss: float | None  # n_k-weighted mean of the clients' own training losses
     metrics: Metrics  # on the server's held-out test split
     examples: int
     bytes_up: int  # serialised messages, clients to server
     bytes_down: int
     update_norm: float  # of the global state's move, over all tensors
-    client_update_norms: dict[str, float]
+    client_update_norms: dict[str, float]  # of at most a hundred clients, those that went farthest
     seconds: dict[str, float]  # by phase: exchange (the clients' training is in it), combine, evaluate
     epsilon: float | None = None
     report: dict[str, float] = field(default_factory=dict)  # what the strategy has to say

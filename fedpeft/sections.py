@@ -76,6 +76,7 @@ class ModelSection(OpenSection):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the frozen base; adapters and head are always float32"
     )
+    dropout: bool = Field(True, description="false: the base's own dropouts are off, whatever its config says")
     quantization: Literal["8bit", "4bit"] | None = Field(None, description="of the frozen base, by bitsandbytes; needs a CUDA GPU")
 
 
@@ -175,11 +176,22 @@ class TrainingSection(Section):
         "class_statistics",
         description="the head before round 1: random, or from class statistics summed over the clients (where an example has one class)",
     )
-    engine: str = Field("one", description="one: a client at a time; many: many in one pass, with the same numbers")
+    engine: str = Field(
+        "many", description="many: many clients in one pass, each with the numbers it has alone but for rounding; one: a client at a time"
+    )
     clients_at_once: int | None = Field(None, ge=1, description="clients that engine many trains together; null: what memory_gb allows")
     memory_gb: float | None = Field(
         None, gt=0, description="memory that engine many plans for; null: a quarter of the machine's, or most of what is free on a GPU"
     )
+    length_buckets: int = Field(
+        1,
+        ge=1,
+        description="cut each batch into so many of like length, for less padding; a step holds the same examples (not under privacy)",
+    )
+    prefix_cache: Literal["none", "memory", "disk"] = Field(
+        "none", description="keep the hidden states that enter the lowest adapted layer, by example, instead of computing them again"
+    )
+    prefix_cache_gb: float = Field(1.0, gt=0, description="most that these states may take; what does not fit is computed each time")
     device: str = Field("auto", description='"auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"')
 
     @property
@@ -195,14 +207,34 @@ class TrainingSection(Section):
 
 
 class PrivacySection(Section):
-    """Differential privacy of single examples: clipped, noised steps at the clients, and a budget over the whole run."""
+    """Differential privacy over the whole run: of single examples, by the clients' steps, or of whole clients, at the server."""
 
-    unit: Literal["example"] = Field("example", description="what neighbouring data sets differ by: one example of one client")
-    target_epsilon: float | None = Field(None, gt=0, description="budget of every client over the whole run; sigma is solved for it")
+    unit: Literal["example", "client"] = Field(
+        "example", description="what neighbouring data sets differ by: one example of one client, or a whole client"
+    )
+    target_epsilon: float | None = Field(None, gt=0, description="budget over the whole run; sigma is solved for it")
     noise_multiplier: float | None = Field(None, ge=0, description="sigma, noise over clipping norm, instead of or beside a budget")
-    target_delta: float | None = Field(None, gt=0, lt=1, description="delta; null: 1e-5, or n ** -1.1 for a client with few examples")
-    max_grad_norm: float = Field(1.0, gt=0, description="C, what the gradient of one example is clipped to")
+    target_delta: float | None = Field(None, gt=0, lt=1, description="delta; null: 1e-5, or n ** -1.1 where n (examples, clients) is small")
+    max_grad_norm: float = Field(1.0, gt=0, description="unit example: C, what the gradient of one example is clipped to")
+    clipping_norm: float = Field(
+        1.0, gt=0, description="unit client: C, what a client's whole update is clipped to; at first, where it adapts"
+    )
+    target_quantile: float | None = Field(
+        None, gt=0, lt=1, description="unit client: share of updates to leave unclipped; C moves there, at a cost. null: C stays"
+    )
+    quantile_learning_rate: float = Field(0.2, gt=0, description="unit client: how fast C moves, in its logarithm")
+    quantile_noise: float | None = Field(
+        None, gt=0, description="unit client: noise on the count of unclipped updates; null: a twentieth of the clients asked, or sigma"
+    )
+    amplification: bool = Field(
+        False, description="unit client: count on nobody knowing who took part; the server then throws a secret coin for each client"
+    )
     insecure_seed: int | None = Field(None, description="seed of the noise, for tests: whoever knows it can take the noise off again")
+
+    @property
+    def of_clients(self) -> bool:
+        """The unit is a client."""
+        return self.unit == "client"
 
     @model_validator(mode="after")
     def _noise(self) -> PrivacySection:
@@ -210,9 +242,24 @@ class PrivacySection(Section):
             raise PydanticCustomError("noise", "give target_epsilon, or noise_multiplier, or both")
         return self
 
+    @model_validator(mode="after")
+    def _of_this_unit(self) -> PrivacySection:
+        """Keys of the other unit would be read by nobody."""
+        clients = ("clipping_norm", "target_quantile", "quantile_learning_rate", "quantile_noise", "amplification")
+        for key in ("max_grad_norm",) if self.of_clients else clients:
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise PydanticCustomError("unit", "{key} means nothing with unit {unit}", {"key": key, "unit": self.unit})
+        return self
+
 
 class SimulationSection(Section):
     """How a federation is simulated on one machine."""
 
     named = {"engine": "simulation"}
-    engine: str = Field("in-process", description="where simulated clients live")
+    engine: str = Field("in-process", description="where simulated clients live: in this process, or in actors of Ray")
+    actors: int | None = Field(None, ge=1, description="of engine ray: how many; null: one a GPU, or one a CPU where there is none")
+    cpus_per_actor: float = Field(1.0, gt=0, description="of engine ray: CPUs that an actor takes, which is also its number of threads")
+    gpus_per_actor: float | None = Field(None, ge=0, description="of engine ray: share of a GPU, or GPUs; null: an equal share of all")
+    address: str | None = Field(
+        None, description='of engine ray: "auto" or HOST:PORT of a Ray cluster that runs; null: one is started here, and stopped'
+    )

@@ -59,9 +59,11 @@ FLOWER = {
     "exchange.py",
     "rounds.py",
     "grid.py",
+    "ray_grid.py",
     "roster.py",
     "resident.py",
     "participation.py",
+    "flower_app.py",
 }
 
 

@@ -184,3 +184,35 @@ def test_a_model_that_drops_layers_at_random_trains_one_by_one(tiny_settings, ti
     jobs = [Job(client, 1, parts.adapted.read(), parts.adapted.trained, node.train) for client, node in parts.worker.nodes.items()]
     assert all(trained.fell_back for trained in many.train(parts.adapted, parts.task, config, jobs))
     assert "random numbers of its own" in caplog.text
+
+
+@pytest.mark.parametrize("make", [*(make for make in MODELS if make is not bart), qwen2, gemma], ids=lambda make: make.__name__)
+def test_states_kept_of_the_frozen_layers_change_nothing(make, tiny_settings, tiny_bert, tmp_path):
+    """With the adapter in the upper of two layers, and every dropout of the config off. Wherever the layers cannot be left
+    out the model is not cut; none of these is such a one."""
+    from transformers import AutoTokenizer
+
+    from fedpeft.training import many
+    from fedpeft.training.job import Job
+    from fedpeft.training.prefix import Prefix
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(3)
+        make(len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = {"name": "lora", "r": 4, "target_modules": r".*(layer|layers|h)\.1\..*(query|query_proj|q_lin|q_proj|c_attn|Wqkv)"}
+    training = {**tiny_settings["training"], "optimizer": "sgd", "learning_rate": 0.1, "max_steps": 3, "prefix_cache": "memory"}
+    model = {"name": str(tmp_path / "base"), "dropout": False}
+    parts = assemble(config := Config.from_dict({**tiny_settings, "model": model, "adapter": adapter, "training": training}))
+    jobs = [Job(client, 1, parts.adapted.read(), parts.adapted.trained, node.train) for client, node in parts.worker.nodes.items()]
+    ended = many.train(parts.adapted, parts.task, config, jobs)
+    cut = evaluate.logits(parts.adapted, parts.test, 7)
+    assert parts.adapted.prefix._in_training
+    assert parts.adapted.prefix._store._kept
+    parts.adapted.prefix = Prefix(parts.adapted)
+    np.testing.assert_allclose(cut, evaluate.logits(parts.adapted, parts.test, 7), atol=1e-5)
+    for mine, theirs in zip(ended, many.train(parts.adapted, parts.task, config, jobs), strict=True):
+        for name in theirs.arrays:
+            np.testing.assert_allclose(mine.arrays[name], theirs.arrays[name], atol=1e-5, err_msg=name)

@@ -10,6 +10,7 @@ from fedpeft import Config, UserError, simulate
 from fedpeft.simulations.assemble import assemble, deal
 from fedpeft.training import evaluate, many, one
 from fedpeft.training.job import Job
+from fedpeft.training.prefix import Prefix
 from tests.conftest import COLOURS, pictures, png
 
 
@@ -92,6 +93,21 @@ def test_many_clients_train_in_one_pass_as_one_by_one(dropout, tiny_picture_sett
     jobs = [Job(client, 1, parts.adapted.read(), parts.adapted.trained, node.train) for client, node in parts.worker.nodes.items()]
     for left, right in zip(*(engine.train(parts.adapted, parts.task, config, jobs) for engine in (one, many)), strict=True):
         assert not right.fell_back
+        for name in left.arrays:
+            np.testing.assert_allclose(left.arrays[name], right.arrays[name], atol=1e-5, err_msg=name)
+
+
+def test_states_kept_of_the_frozen_layers_change_nothing(tiny_picture_settings):
+    adapter = {"name": "lora", "r": 4, "target_modules": r".*\.1\..*(query|value|q_proj|v_proj)"}
+    training = {**tiny_picture_settings["training"], "optimizer": "sgd", "learning_rate": 0.1, "prefix_cache": "memory"}
+    model = {**tiny_picture_settings["model"], "dropout": False}
+    parts = assemble(config := Config.from_dict({**tiny_picture_settings, "model": model, "adapter": adapter, "training": training}))
+    jobs = [Job(client, 1, parts.adapted.read(), parts.adapted.trained, node.train) for client, node in parts.worker.nodes.items()]
+    ended = many.train(parts.adapted, parts.task, config, jobs)
+    assert parts.adapted.prefix._store._kept
+    parts.adapted.prefix = Prefix(parts.adapted)
+    for left, right in zip(ended, one.train(parts.adapted, parts.task, config, jobs), strict=True):
+        assert not left.fell_back
         for name in left.arrays:
             np.testing.assert_allclose(left.arrays[name], right.arrays[name], atol=1e-5, err_msg=name)
 

@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from hearing import noise_heard
 
 from fedpeft import Config, UserError, simulate
 from fedpeft.privacy.accounting import Release, epsilon
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.privacy.mechanism import Mechanism
-from fedpeft.privacy.noise import Secure
+from fedpeft.privacy.noise import Insecure, Secure
 from fedpeft.simulations.assemble import assemble
 from fedpeft.training import one, private
 from fedpeft.training.job import Job
@@ -22,7 +23,9 @@ def settings(tiny_settings):
 
 
 def run(settings, out, **own):
-    result = simulate(Config.from_dict({**settings, **own}), out)
+    config = Config.from_dict({**settings, **own})
+    with noise_heard(config.privacy is not None and config.privacy.noise_multiplier != 0):
+        result = simulate(config, out)
     return result, [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
 
 
@@ -117,13 +120,42 @@ def test_without_noise_and_clipping_the_step_is_the_plain_one(settings):
         np.testing.assert_allclose(moved[name], plain[name], atol=1e-6)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_run_without_noise_and_clipping_is_the_plain_run_over_the_same_batches_bit_for_bit(dropout, settings, tmp_path, monkeypatch):
+    """Privacy of examples is sampling, clipping and noise. With sigma 0 and C infinite the last two are the identity; the
+    first is given to the run without privacy: the same Poisson batches, some of them empty, over the same expected batch."""
+    training = {**settings["training"], "max_grad_norm": None, "max_steps": 6, "per_device_train_batch_size": 2}
+    both = {"training": training, "adapter": {**settings["adapter"], "lora_dropout": dropout}}
+    nothing = {"noise_multiplier": 0.0, "max_grad_norm": float("inf"), "insecure_seed": 4}
+    made, lines = run(settings, tmp_path / "private", privacy=nothing, **both)
+    assert made.summary["privacy"]["epsilon"] is None
+    assert "NO guarantee" in made.summary["privacy"]["noise"]
+    assert [line["accepted"] for line in lines[1:]] == [3, 3, 3]
+
+    sizes, into_gradients = [], one._into_gradients
+
+    def the_same_batches(config, job):
+        noise = Insecure(4, job.round, job.client)
+        drawn = [np.flatnonzero(noise.uniform(len(job.data)) < 2 / len(job.data)) for _ in range(6)]
+        sizes.extend(map(len, drawn))
+        return [np.split(rows, range(2, len(rows), 2)) if len(rows) else [] for rows in drawn]
+
+    monkeypatch.setattr(one, "batches", the_same_batches)
+    monkeypatch.setattr(one, "_into_gradients", lambda adapted, task, job, parts, records: into_gradients(adapted, task, job, parts, 2.0))
+    plain, _ = run(settings, tmp_path / "plain", privacy=None, **both)
+    assert 0 in sizes
+    assert max(sizes) > 2
+    assert all(np.array_equal(made.arrays[name], plain.arrays[name]) for name in plain.arrays)
+    assert made.summary["metrics"] == plain.summary["metrics"]
+
+
 def test_the_slow_path_gives_the_same_rows(settings, monkeypatch):
     _, _, parts, start = one_step(settings, None)
     names = dict(zip(parts.adapted.trained, parts.adapted.train_only(parts.adapted.trained), strict=True))
     job = Job(0, 1, start, parts.adapted.trained, parts.worker.nodes[0].train)
-    fast = private._rows(parts.adapted, parts.task, job, np.arange(5), names)
+    fast = private.rows(parts.adapted, parts.task, job, np.arange(5), names)
     monkeypatch.setattr(private, "uncovered", lambda model, names: ["all of them"])
-    slow = private._rows(parts.adapted, parts.task, job, np.arange(5), names)
+    slow = private.rows(parts.adapted, parts.task, job, np.arange(5), names)
     for name in names:
         largest = float(slow[name].abs().max())
         assert largest > 0
@@ -144,7 +176,26 @@ def test_strategies_run_under_privacy(strategy, settings, tmp_path):
     assert result.summary["privacy"]["epsilon"] > 0
 
 
+OTHER_ADAPTERS = {
+    "fora": ({"name": "fora", "r": 2, "layers": 1, "target_modules": ["query"]}, "fedavg"),
+    "lora_sb": ({"name": "lora_sb", "r": 4, "start": "orthonormal", "target_modules": ["query"]}, "fed_sb"),
+    "lora_fa": ({"name": "lora_fa", "r": 2, "target_modules": ["query"]}, "fedavg"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ADAPTERS)
+def test_adapters_with_rules_of_their_own_run_under_privacy(name, settings, tmp_path):
+    """Orthonormal factors stay so (Cayley-Adam on a noisy gradient), and cores train; a start from gradients is refused below."""
+    adapter, strategy = OTHER_ADAPTERS[name]
+    result, _ = run(settings, tmp_path / "run", adapter=adapter, strategy={"name": strategy, "num_rounds": 2})
+    assert result.summary["rejected_updates"] == 0
+    assert result.summary["privacy"]["epsilon"] > 0
+    for factor in (array for key, array in result.arrays.items() if name == "fora" and key.endswith("lora_B.weight")):
+        np.testing.assert_allclose(factor.T @ factor, np.eye(2), atol=1e-5)
+
+
 REFUSED = {
+    "scores in the start": ({"adapter": {"name": "fora"}}, "adapter.name"),
     "a head from sums of features": ({"training": {"head_init": "class_statistics"}}, "training.head_init"),
     "gradients in the upload": ({"strategy": {"name": "fedsmooth_lora"}}, "strategy.name"),
     "gradients in the start": ({"adapter": {"name": "lora_sb"}, "strategy": {"name": "fed_sb"}}, "adapter.name"),

@@ -12,7 +12,7 @@ from fedpeft import Config, RunStopped, UserError, arrays, flower_private, wire
 from fedpeft.records import Assignment, Update
 from fedpeft.screen import Plain
 from fedpeft.server import rounds, sampling
-from fedpeft.server.exchange import exchange
+from fedpeft.server.exchange import Exchange
 from fedpeft.server.federation import FINISHED, Survey
 from fedpeft.server.run_folder import RunFolder
 from fedpeft.simulations import run as simulation
@@ -249,7 +249,8 @@ def test_bytes_are_those_of_the_serialised_messages(tiny_config):
     parts = assemble(tiny_config)
     grid = LocalGrid(parts.worker)
     asked = [Assignment("train", 1, client, parts.adapted.read()) for client in grid.roster]
-    traffic = exchange(grid, asked, grid.roster, parts.worker.base, 10.0)
+    traffic = Exchange(grid, asked, grid.roster, parts.worker.base, 10.0)
+    assert len(list(traffic.replies)) == 4
     plain = sum(array.nbytes for array in parts.adapted.read().values())
     assert 4 * plain < traffic.bytes_down < 4 * (plain + 4000)
     assert 4 * plain < traffic.bytes_up < 4 * (plain + 4000)
@@ -261,7 +262,7 @@ def test_what_a_client_changes_in_place_reaches_nobody_else(tiny_config):
     before = arrays.digest(start)
 
     class Vandal:
-        nodes, base = parts.worker.nodes, parts.worker.base
+        nodes, base, cohort = parts.worker.nodes, parts.worker.base, 3
         seen = []
 
         def answer(self, assignments):
@@ -276,7 +277,7 @@ def test_what_a_client_changes_in_place_reaches_nobody_else(tiny_config):
             return answers
 
     grid = LocalGrid(Vandal())
-    exchange(grid, [Assignment("train", 1, client, start) for client in grid.roster], grid.roster, "x", 10.0)
+    list(Exchange(grid, [Assignment("train", 1, client, start) for client in grid.roster], grid.roster, "x", 10.0).replies)
     assert set(Vandal.seen) == {before} == {arrays.digest(start)}
 
 

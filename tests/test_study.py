@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,8 +16,10 @@ from fedpeft import Config, UserError, simulate
 from fedpeft.arrays import digest
 from fedpeft.cli import main
 from fedpeft.data import corpus
-from fedpeft.runs import read_run
+from fedpeft.runs import Run, read_run
+from fedpeft.simulations import study_epsilon
 from fedpeft.simulations.study_plan import plan
+from fedpeft.simulations.study_results import Cell, Results
 from fedpeft.tasks.sequence_classification import SequenceClassification
 
 TWO_ARMS = ["--vary", "strategy.name=fedavg,ffa_lora"]
@@ -404,3 +407,33 @@ def test_json_says_what_became_of_the_study(study, tmp_path):
     assert events[-1] == {"event": "study", "out": str(tmp_path / "study"), "cells": 2, "failed": 1}
     assert sum(event["event"] == "started" for event in events) == 2
     assert any(event["event"] == "note" and "failed: too few" in event["text"] for event in events)
+
+
+def private_cell(tmp_path, strategy, budget, seed, accuracy):
+    privacy = None if budget is None else {"target_epsilon": budget}
+    summary = {"primary_metric": "accuracy", "metrics": {"accuracy": accuracy}, "privacy": privacy and {"epsilon": budget - 0.01}}
+    settings = {"strategy.name": strategy, "privacy" if budget is None else "privacy.target_epsilon": str(budget)}
+    return Cell(f"{strategy}-{budget}", settings, seed, Run(tmp_path, summary, (), {"privacy": privacy}))
+
+
+def test_what_privacy_costs_is_a_row_for_arms_that_differ_in_nothing_else(tmp_path):
+    scores = {("fedavg", 8.0): (0.5, 0.7), ("fedavg", None): (0.8, 0.9), ("ffa_lora", 8.0): (0.6, 0.6), ("ffa_lora", 2.0): (0.1, 0.3)}
+    cells = [private_cell(tmp_path, *arm, seed, value) for arm, values in scores.items() for seed, value in enumerate(values)]
+    cells.append(Cell("ffa_lora-2.0", {"strategy.name": "ffa_lora", "privacy.target_epsilon": "2.0"}, 2, reason="it broke"))
+    costs = study_epsilon.costs(Results("name", cells))
+    assert {name: {budget: found.mean for budget, found in line.items()} for name, line in costs.items()} == {
+        "fedavg": {8.0: pytest.approx(0.6), math.inf: pytest.approx(0.85)},
+        "ffa_lora": {2.0: pytest.approx(0.2), 8.0: pytest.approx(0.6)},
+    }
+    head, lines = study_epsilon.table(costs)
+    assert head == ["epsilon", "2", "8", "none"]
+    assert [line[:2] for line in lines] == [["fedavg", "-"], ["ffa_lora", "0.2000 ± 1.2706"]]
+    study_epsilon.draw(costs, "accuracy", tmp_path / "epsilon.png")
+    assert (tmp_path / "epsilon.png").stat().st_size > 10_000
+
+
+def test_arms_of_one_budget_have_no_such_row(study, tmp_path):
+    code, _, said = study("strategy.num_rounds=1", *TWO_ARMS)
+    assert code == 0, said
+    assert "What privacy costs" not in (tmp_path / "study" / "study.md").read_text()
+    assert not (tmp_path / "study" / "epsilon.png").exists()

@@ -15,6 +15,7 @@ from fedpeft.adapters.rank_space import CORE, fold
 from fedpeft.errors import Problem, UserError
 from fedpeft.products import Product
 from fedpeft.records import BESIDE, MERGED, Arrays, Layout, Pair, sparse_name
+from fedpeft.training.prefix import Prefix
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,7 @@ class Adapted:
         for wrapper in self._head_wrappers():
             wrapper.register_forward_pre_hook(_as_float32)
         self.backbone = Backbone(model, base.device)
+        self.prefix = Prefix(self)  # keeps nothing until it is told to
         self._layout = self._look()
 
     @property
@@ -120,10 +122,11 @@ class Adapted:
         for pair in self._layout.pairs:
             if pair.A in arrays:
                 self._modules[pair.module].scaling[self.model.active_adapter] = pair.scaling(len(arrays[pair.A]))
-        self._rest(self.adapter.resting(self._layout, arrays))
+        self.rest(arrays)
 
-    def _rest(self, names: frozenset[str]) -> None:
-        """Switch off the layers all of whose tensors stay as they are; they cost nothing then."""
+    def rest(self, arrays: Arrays) -> None:
+        """Switch off the layers all of whose tensors stay as they are under `arrays`; they cost nothing then."""
+        names = self.adapter.resting(self._layout, arrays)
         if names == self.resting:
             return
         self.resting = names

@@ -6,8 +6,7 @@
     STATE/RUN/round-00003.safetensors  what the strategy remembers and what was sent but once, after its part in round 3
     STATE/RUN/sent.jsonl               a line for everything that has left this machine
 
-A round may be asked for again, when the server was killed in it. So what a round starts from is the state after an earlier
-one, whatever this client did in that round before, and the answer is the same again.
+What a round starts from, when the server was killed in it and asks again, is said in history.py.
 """
 
 from __future__ import annotations
@@ -18,25 +17,14 @@ import os
 import pathlib
 import shutil
 import time
-from dataclasses import dataclass, field
 from typing import IO, Any
 
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from fedpeft import durable
+from fedpeft.client.history import Rounds, State
 from fedpeft.errors import Problem, UserError
-from fedpeft.records import Arrays
-
-KEPT = 3  # rounds: a server whose newest checkpoint is torn goes back by two
-
-
-@dataclass(frozen=True)
-class State:
-    """A client after its part in a round."""
-
-    memory: Arrays = field(default_factory=dict)  # of the strategy
-    kept: Arrays = field(default_factory=dict)  # what is sent but once
 
 
 class Folder:
@@ -91,10 +79,10 @@ class Memory:
             raise UserError(Problem("run", f"{run[:80]!r} is no name of a run"))
         self.path = folder.path / run
         self.path.mkdir(exist_ok=True, mode=0o700)
-        self._states: dict[int, State] = {}
+        self.rounds = Rounds()
         for file in sorted(self.path.glob("round-*.safetensors")):
             try:
-                self._states[int(file.stem.partition("-")[2])] = _unpacked(load(file.read_bytes()))
+                self.rounds.states[int(file.stem.partition("-")[2])] = State.unpacked(load(file.read_bytes()))
             except (SafetensorError, ValueError):
                 file.unlink()
 
@@ -107,22 +95,12 @@ class Memory:
         """Keep the task that was agreed to."""
         durable.replace(self.path / "task.json", task)
 
-    def before(self, round: int) -> State:
-        """What was remembered before `round`."""
-        return self._states.get(max((known for known in self._states if known < round), default=-1), State())
-
-    def after(self, round: int) -> State:
-        """What was remembered in `round`, for a second question; before it, when the round is not known."""
-        return self._states.get(round) or self.before(round)
-
     def write(self, round: int, state: State) -> None:
-        """Remember; rounds after `round` are forgotten, as they are to be played again."""
-        durable.replace(self._file(round), durable.tensors(_packed(state)))
-        self._states = {known: kept for known, kept in self._states.items() if known < round} | {round: state}
-        for known in sorted(self._states)[:-KEPT]:
-            del self._states[known]
+        """Remember `state` after `round`, whatever happens next."""
+        durable.replace(self._file(round), durable.tensors(state.packed()))
+        self.rounds.put(round, state)
         for file in self.path.glob("round-*.safetensors"):
-            if int(file.stem.partition("-")[2]) not in self._states:
+            if int(file.stem.partition("-")[2]) not in self.rounds.states:
                 file.unlink()
 
     @property
@@ -151,15 +129,3 @@ class Memory:
 
     def _file(self, round: int) -> pathlib.Path:
         return self.path / f"round-{round:05d}.safetensors"
-
-
-def _packed(state: State) -> Arrays:
-    return {f"memory/{name}": array for name, array in state.memory.items()} | {f"kept/{name}": array for name, array in state.kept.items()}
-
-
-def _unpacked(arrays: Arrays) -> State:
-    parts: dict[str, Arrays] = {"memory": {}, "kept": {}}
-    for key, array in arrays.items():
-        part, _, name = key.partition("/")
-        parts[part][name] = array
-    return State(parts["memory"], parts["kept"])

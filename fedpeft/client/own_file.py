@@ -1,17 +1,18 @@
 """A client's own file: where its data lies, and what it will do for a server. The data owner's word is final.
 
     data: {name: patients.csv, columns: {text: report, label: finding}}
-    limits: {models: [minilm], max_steps: 100, max_rounds: 50}
+    limits: {models: [minilm], max_steps: 100, max_rounds: 50, privacy: {max_epsilon: 3}}
 
 Whatever a server asks for beyond the limits is refused, with the reason said on both sides.
 """
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -21,8 +22,20 @@ from fedpeft.data import corpus
 from fedpeft.data.examples import Examples
 from fedpeft.errors import Problem, Problems, UserError
 from fedpeft.lookup import Settings, find
+from fedpeft.privacy import planning
 from fedpeft.sections import ModelSection
 from fedpeft.training.job import local_steps
+from fedpeft.training.prepare import plans
+
+
+class LeastPrivacy(Settings):
+    """The least privacy that a run must give this client's data."""
+
+    max_epsilon: float = Field(gt=0, description="largest epsilon of a run, over all its rounds")
+    max_delta: float = Field(1e-5, gt=0, lt=1, description="largest delta")
+    unit: Literal["example", "client"] = Field(
+        "example", description="example: noise is added here, against the server too; client: the server is trusted to add it"
+    )
 
 
 class Limits(Settings):
@@ -35,6 +48,9 @@ class Limits(Settings):
     max_steps: int = Field(1000, ge=1, description="most local steps in a round; accumulated batches count as steps")
     max_rounds: int = Field(100, ge=1, description="most rounds of training in a run, counted on this machine")
     surveys: bool = Field(True, description="answer surveys before round 1: sums over the data, such as counts of the classes")
+    privacy: LeastPrivacy | None = Field(
+        None, description="least privacy of a run, as {max_epsilon: 3, max_delta: 1.0e-5, unit: example}; null: none is asked for"
+    )
     task_settings: dict[str, Any] = Field({}, description="settings of the task that your rows need to be read, such as multi_label")
 
 
@@ -60,6 +76,7 @@ class Agreed:
 def load(path: pathlib.Path) -> OwnFile:
     """Read the file and check everything that can be checked without a server: rows, columns, labels, models, device. Raises UserError."""
     given, lines = yaml_file.read(path)
+    levels: list[type[Settings]] = [OwnFile, Limits, LeastPrivacy]
     problems = Problems()
     try:
         own = OwnFile.model_validate(given)
@@ -67,7 +84,7 @@ def load(path: pathlib.Path) -> OwnFile:
         for detail in error.errors():
             at = tuple(str(part) for part in detail["loc"])
             line = f", line {lines[at]}" if at in lines else ""
-            known = OwnFile if len(at) == 1 else Limits
+            known = levels[min(len(at), len(levels)) - 1]
             allowed = ", ".join(known.model_fields) if detail["type"] == "extra_forbidden" else ""
             problems.add(f"{'.'.join(at)} ({path}{line})", detail["msg"].lower(), allowed)
         problems.raise_if_any()
@@ -112,7 +129,35 @@ def agree(own: OwnFile, said: dict[str, Any]) -> Agreed:
     examples = _read_examples(config, labels)
     if (steps := local_steps(config, len(examples)) * config.training.gradient_accumulation_steps) > limits.max_steps:
         raise UserError(Problem("limits.max_steps", f"the server wants {steps} local steps a round", f"at most {limits.max_steps}"))
+    if limits.privacy is not None:
+        config = _private_enough(config, limits.privacy, len(examples), clients)
     return Agreed(str(run), config, examples, clients)
+
+
+def _private_enough(config: Config, least: LeastPrivacy, examples: int, clients: int) -> Config:
+    """The config, with a budget that ends this client's part where `least` would be broken. Raises UserError when it would be anyway."""
+    section, where = config.privacy, "limits.privacy"
+    if section is None:
+        raise UserError(Problem(where, "the server wants to train without differential privacy", f"epsilon {least.max_epsilon:g} at most"))
+    if section.unit != least.unit:
+        raise UserError(Problem(f"{where}.unit", f"the server protects each {section.unit}", f"each {least.unit}"))
+    if section.insecure_seed is not None:
+        raise UserError(Problem(where, "the server wants seeded noise, which it can take off again", "noise of this machine's own"))
+    if section.of_clients:
+        plan = planning.client_plan(section, clients, config.strategy.fraction_train, config.strategy.num_rounds)
+    else:
+        (plan,) = plans(config, {"here": examples})
+    problems = Problems()
+    if plan.delta > least.max_delta:
+        problems.add(f"{where}.max_delta", f"the server wants delta {plan.delta:.3g}", f"at most {least.max_delta:g}")
+    if (epsilon := min(plan.epsilon, plan.budget or math.inf)) > least.max_epsilon:
+        rounds = config.strategy.num_rounds
+        problems.add(f"{where}.max_epsilon", f"{rounds} rounds would cost epsilon {epsilon:.4g}", f"at most {least.max_epsilon:g}")
+    problems.raise_if_any()
+    if section.noise_multiplier is None or section.of_clients:  # solved for a target within the limit; or the server's to keep
+        return config
+    budget = min(section.target_epsilon or math.inf, least.max_epsilon)
+    return config.model_copy(update={"privacy": section.model_copy(update={"target_epsilon": budget})})
 
 
 def _read_examples(config: Config, labels: Sequence[str] | None) -> Examples:

@@ -11,7 +11,8 @@ from typing import Any
 from flwr.app import Message
 
 from fedpeft import wire
-from fedpeft.client.memory import Folder, Memory, State
+from fedpeft.client.history import State
+from fedpeft.client.memory import Folder, Memory
 from fedpeft.client.node import Node
 from fedpeft.client.own_file import OwnFile, agree
 from fedpeft.client.worker import Worker
@@ -113,7 +114,7 @@ class Resident:
         if reason := self._beyond(assignment, base, worker, memory):
             return Failure(assignment.round, assignment.client, reason)
         self.screen.note(f"round {assignment.round}: {assignment.action} ...")
-        state = memory.after(assignment.round) if assignment.action == wire.SECOND else memory.before(assignment.round)
+        state = memory.rounds.after(assignment.round) if assignment.action == wire.SECOND else memory.rounds.before(assignment.round)
         worker.memory, worker.kept = {self.client: dict(state.memory)}, dict(state.kept)
         with quiet_libraries():
             (answer,) = worker.answer([assignment])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,13 +10,15 @@ from fedpeft import arrays, seeds, wire
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.client.node import Node
 from fedpeft.config import Config
-from fedpeft.lookup import find
+from fedpeft.lookup import TABLES, find
 from fedpeft.privacy.guard import Guard
 from fedpeft.records import Arrays, Assignment, Failure, Metrics, Update, merged_round
 from fedpeft.strategies.strategy import Gradients, Round, Strategy, Turn
-from fedpeft.training import evaluate
+from fedpeft.training import evaluate, memory
 from fedpeft.training.gradients import full_gradients
-from fedpeft.training.job import BREAKS, Job, step_sizes
+from fedpeft.training.job import BREAKS, Job, Trained, step_sizes
+
+FEWEST, MOST = 32, 256  # clients of a cohort
 
 
 class Worker:
@@ -41,6 +44,8 @@ class Worker:
         self.guards = guards or {}  # of the clients' privacy; none where the config asks for none
         self.clients = clients  # of the whole federation
         self.engine = find("engine", config.training.engine)
+        named = config.training.engine
+        self.evaluation = find("evaluation", named) if named in TABLES["evaluation"] else evaluate.each
         self.layout = adapted.layout()
         self.drawn = adapted.read()  # from the seed, like everybody's
         self.kept: Arrays = {}  # what is sent but once: merges into the backbone, and tensors that do not change any more
@@ -51,10 +56,17 @@ class Worker:
         """Fingerprint of the base this worker trains on."""
         return self.adapted.base.fingerprint
 
+    @property
+    def cohort(self) -> int:
+        """How many clients are best asked together: as many as the engine trains at once, or a small multiple; memory needs a bound."""
+        numbers = sum(array.size for array in self.drawn.values())
+        at_once = memory.clients_at_once(self.config.training, self.adapted.base.device, numbers)
+        return min(at_once, MOST) if at_once >= FEWEST else at_once * -(-FEWEST // at_once)
+
     def answer(self, assignments: Sequence[Assignment]) -> list[Update | Failure]:
         """Do what is asked, in the order asked. What breaks is a Failure with its reason, and the rest goes on."""
         for assignment in assignments:
-            self._keep(assignment)
+            self.keep(assignment)
         refused = {id(a): refusal for a in assignments if (refusal := self._refused(a))}
         trained = iter(self._train([a for a in assignments if a.action == wire.TRAIN and id(a) not in refused]))
         return [refused.get(id(a)) or (next(trained) if a.action == wire.TRAIN else self._other(a)) for a in assignments]
@@ -64,15 +76,18 @@ class Worker:
         begun = [self._begin(assignment, turn) for assignment, turn in zip(assignments, turns, strict=True)]
         jobs = [job for job in begun if isinstance(job, Job)]
         ended = iter(self.engine(self.adapted, self.task, self.config, jobs))
+        came = [job if isinstance(job, Failure) else next(ended) for job in begun]
+        whole = [(turn, job.client) for turn, job, trained in zip(turns, begun, came, strict=True) if isinstance(trained, Trained)]
+        validated = iter(self._validate(whole))
         answers: list[Update | Failure] = []
-        for turn, job in zip(turns, begun, strict=True):
-            trained = job if isinstance(job, Failure) else next(ended)
+        for turn, job, trained in zip(turns, begun, came, strict=True):
             if isinstance(trained, Failure) or isinstance(job, Failure):
                 answers.append(trained)
                 continue
-            metrics = self._validate(self.strategy.own(turn), self.nodes[job.client])
+            metrics = next(validated)
             metrics |= {"loss": trained.loss} if trained.loss is not None else {}
-            metrics |= {"epsilon": self.guards[job.client].epsilon()} if job.client in self.guards else {}
+            epsilon = self.guards[job.client].epsilon() if job.client in self.guards else math.inf
+            metrics |= {"epsilon": epsilon} if math.isfinite(epsilon) else {}
             metrics |= {"fell_back": 1.0} if trained.fell_back else {}
             upload, self.memory[job.client] = self.strategy.end(turn, job.start, trained.arrays)
             answers.append(Update(job.round, job.client, upload, len(job.data), metrics, trained.seconds))
@@ -131,7 +146,7 @@ class Worker:
         said = f"holds other frozen tensors than the server (digest {mine[:16] or 'none'}, there {assignment.held[:16] or 'none'})"
         return Failure(assignment.round, assignment.client, f"other seed, library or history: {said}")
 
-    def _keep(self, assignment: Assignment) -> None:
+    def keep(self, assignment: Assignment) -> None:
         """Remember, for the rounds to come, what is sent but once; merges of a round that is being played again are forgotten."""
         at = Round(assignment.round, self.config.strategy.num_rounds, self.layout, self.config.seed, self.clients)
         resting = self.adapted.adapter.resting(self.layout, {**self.drawn, **self.kept, **assignment.arrays})
@@ -139,13 +154,13 @@ class Worker:
         kept = {name: array for name, array in self.kept.items() if merged_round(name) < assignment.round}
         self.kept = kept | {name: array for name, array in assignment.arrays.items() if merged_round(name) >= 0 or name in once}
 
-    def _validate(self, own: Arrays, node: Node) -> Metrics:
-        """The client's model on its own validation examples, if it keeps any."""
-        if node.validation is None:
-            return {}
-        batch_size = self.config.training.per_device_eval_batch_size
-        metrics = evaluate.evaluate(self.adapted, self.task, own, node.validation, batch_size)
-        return {f"validation_{name}": value for name, value in metrics.items()}
+    def _validate(self, whole: Sequence[tuple[Turn, int]]) -> list[Metrics]:
+        """The model of each client, as it was before it trained, on the client's own validation examples, if it keeps any."""
+        kept = [(turn, data) for turn, client in whole if (data := self.nodes[client].validation) is not None]
+        models = [(self.strategy.own(turn), data) for turn, data in kept]
+        found = iter(self.evaluation(self.adapted, self.task, models, self.config.training) if models else ())
+        measured: list[Metrics] = [next(found) if self.nodes[client].validation is not None else {} for _, client in whole]
+        return [{f"validation_{name}": value for name, value in metrics.items()} for metrics in measured]
 
     def _other(self, assignment: Assignment) -> Update | Failure:
         """A second question of the round, or a survey that the config agrees to; a server cannot ask for anything else."""

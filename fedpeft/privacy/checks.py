@@ -1,4 +1,4 @@
-"""What differential privacy of examples cannot protect is refused when the config is read, with the reason."""
+"""What differential privacy cannot protect is refused when the config is read, with the reason."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from fedpeft.errors import Problem, UserError
 
 
 def check(config: Any, strategy: Any, adapter: Any) -> None:
-    """Raises UserError when something of a client's data would leave it without noise. Loads nothing."""
+    """Raises UserError when something of the data would leave without noise. Loads nothing."""
     if config.privacy is None:
         return
-    problems = []
-    if not strategy.noise_proof:
-        got = f"{config.strategy.name} uploads functions of the data that training's noise does not cover"
-        problems.append(Problem("strategy.name", got, do="take fedavg, ffa_lora, lora_fair, fed_svd or ro_lora, or leave privacy out"))
+    problems = _of_clients(config, strategy) if config.privacy.of_clients else _of_examples(config, strategy)
     if config.training.asks_before and config.model.build().class_statistics:
         got = f"{config.training.head_init} sums the clients' features without noise"
         problems.append(Problem("training.head_init", got, "random, with privacy"))
@@ -29,3 +26,22 @@ def check(config: Any, strategy: Any, adapter: Any) -> None:
         problems.append(Problem("data.validation_fraction", got, "0, with privacy"))
     if problems:
         raise UserError(*problems)
+
+
+def _of_examples(config: Any, strategy: Any) -> list[Problem]:
+    if strategy.noise_proof:
+        return []
+    got = f"{config.strategy.name} uploads functions of the data that training's noise does not cover"
+    return [Problem("strategy.name", got, do="take fedavg, ffa_lora, lora_fair, fed_svd or ro_lora, or leave privacy out")]
+
+
+def _of_clients(config: Any, strategy: Any) -> list[Problem]:
+    problems = []
+    if not strategy.of_mean:
+        got = f"{config.strategy.name} needs more of single clients than a noisy mean, which is all that unit client releases"
+        do = "take fedavg, ffa_lora, fed_sb, ro_lora, fed_svd or lora_fair, or a server optimiser over one, or unit example"
+        problems.append(Problem("strategy.name", got, do=do))
+    if config.strategy.min_train_nodes > 1:
+        got = f"{config.strategy.min_train_nodes}, but whether a round counts may not depend on how many took part"
+        problems.append(Problem("strategy.min_train_nodes", got, "1, with unit client"))
+    return problems

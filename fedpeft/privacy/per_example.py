@@ -46,7 +46,7 @@ def uncovered(model: Any, names: dict[str, Any]) -> Collection[str]:
     owners: dict[int, int] = {}
     for module in model.modules():
         if type(module) is torch.nn.Linear:
-            for parameter in module.parameters(recurse=False):
+            for parameter in (module.weight, module.bias):  # and no other that something has put into the layer
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     return [name for name, parameter in names.items() if owners.get(id(parameter), 0) != 1]
 

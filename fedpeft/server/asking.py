@@ -1,9 +1,14 @@
-"""What each client is sent in a round, and what becomes of the answers: the checks of validation.py for one after another."""
+"""What each client is sent in a round, and what becomes of the answers: the checks of validation.py for one after another.
+
+Answers are judged as they come and handed on; nothing here keeps their tensors, so that a strategy that only adds them up
+(`Strategy.streams`) needs no memory for the number of clients.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -24,11 +29,12 @@ class Asked:
 
 @dataclass
 class Judged:
-    """A round's replies after validation."""
+    """What is remembered of a round's replies after validation."""
 
-    accepted: list[Update] = field(default_factory=list)
+    accepted: list[Update] = field(default_factory=list)  # without their tensors
     failed: list[Failure] = field(default_factory=list)
     norms: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0  # spent on waiting for the replies, and on judging them
 
 
 def assign(federation: Federation, action: str, clients: Sequence[int], outcome: Outcome, round: int) -> Asked:
@@ -57,10 +63,14 @@ def assign(federation: Federation, action: str, clients: Sequence[int], outcome:
 
 
 def judge(
-    traffic: Exchange, federation: Federation, specs: Callable[[int], Mapping[str, TensorSpec]], received: Arrays | None = None
-) -> Judged:
-    """Validate every reply; with `received`, also how far it moved from there."""
-    judged = Judged()
+    traffic: Exchange,
+    federation: Federation,
+    specs: Callable[[int], Mapping[str, TensorSpec]],
+    judged: Judged,
+    received: Arrays | None = None,
+) -> Iterator[Update]:
+    """Validate every reply as it comes, and hand on the updates that are accepted; with `received`, also how far they moved from there."""
+    since = time.perf_counter()
     for reply in traffic.replies:
         answer = validation.judge(reply, federation.base, specs(reply.asked.client))
         if isinstance(answer, Update) and received is not None:
@@ -68,8 +78,12 @@ def judge(
             norm, reason = validation.movement(answer, start, federation.config.strategy.max_update_norm)
             judged.norms[str(answer.client)] = norm
             answer = Failure(answer.round, answer.client, reason) if reason else answer
-        if isinstance(answer, Update):
-            judged.accepted.append(answer)
-        else:
+        if isinstance(answer, Failure):
             judged.failed.append(answer)
-    return judged
+            continue
+        judged.accepted.append(replace(answer, arrays={}))
+        judged.seconds += time.perf_counter() - since
+        yield answer
+        del answer, reply  # before the next is read
+        since = time.perf_counter()
+    judged.seconds += time.perf_counter() - since

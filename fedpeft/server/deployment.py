@@ -34,7 +34,7 @@ from fedpeft.screen import Screen
 from fedpeft.server import rounds, samples, sampling
 from fedpeft.server.ending import end
 from fedpeft.server.federation import Outcome
-from fedpeft.server.making import make
+from fedpeft.server.making import check_global, make
 from fedpeft.server.roster import Roster, task
 from fedpeft.server.run_folder import RunFolder
 from fedpeft.server.superlink import SuperLink
@@ -105,7 +105,7 @@ def serve(config: Config, site: Site, out: pathlib.Path, resume: bool, screen: S
 
 
 def _play(config: Config, parts: Parts, roster: Roster, folder: RunFolder, screen: Screen) -> dict[str, Any]:
-    federation = make(config, parts.ready, parts.test, digest([parts.test]), roster, parts.expected, parts.ranks)
+    federation = make(config, parts.ready, parts.test, digest([parts.test]), roster, parts.expected, parts.ranks, folder.ledger)
     keep = functools.partial(samples.keep, folder, parts.ready.task, parts.ready.adapted, examples=parts.examples, data=config.data)
     keep("before", federation.arrays)
     while len(roster()) < config.strategy.min_available_nodes:  # however long they take to come; later a round has its timeout
@@ -141,9 +141,7 @@ def _assemble(config: Config, site: Site, fresh: RunFolder | None) -> Parts:
     prepare.check(config, len(labels), problems)
     if clients:
         sampling.check(config, config.strategy.build(), sum(not one.revoked for one in clients), problems)
-    if config.strategy.build().personal:
-        got = f"{config.strategy.name} leaves a part of every model at its client, so that the server has none to evaluate or to write"
-        problems.add("strategy.name", got, do="take another strategy; simulate runs this one")
+    check_global(config, problems)
     problems.raise_if_any()
     assert test is not None
     ready = prepare.prepare(config, len(labels))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedpeft.config import Config
+from fedpeft.privacy.curator import Curator
 from fedpeft.records import Arrays, Layout, Metrics, RoundRecord, TensorSpec
 from fedpeft.strategies.strategy import Round, Strategy
 
@@ -44,13 +45,14 @@ class Federation:
     surveys: tuple[Survey, ...] = ()  # in the order in which they are taken
     reported: Callable[[Arrays], Arrays] = lambda arrays: arrays  # what is evaluated and exported, where no global model exists
     privacy: Callable[[], dict[str, Any] | None] = lambda: None  # what may be said of it; None where there is none
+    curator: Curator | None = None  # where whole clients are private: what the server may show of their updates
     memories: Callable[[], Arrays] = dict  # what the clients of this process remember, for the checkpoint; real ones keep their own
     restore: Callable[[Arrays], None] = lambda memories: None
 
     @property
     def fewest(self) -> int:
-        """Fewest accepted updates for a round to count."""
-        return max(self.config.strategy.min_train_nodes, self.strategy.fewest)
+        """Fewest accepted updates for a round to count; with a curator every round counts."""
+        return 0 if self.curator else max(self.config.strategy.min_train_nodes, self.strategy.fewest)
 
     def trains(self, arrays: Arrays) -> tuple[str, ...]:
         """The tensors that training may move under the global `arrays`."""

@@ -21,7 +21,7 @@ from fedpeft.flower_link import Link, public_key_bytes
 from fedpeft.keys import Listed
 from fedpeft.records import Arrays, Assignment, Update
 from fedpeft.screen import Screen
-from fedpeft.server.exchange import exchange
+from fedpeft.server.exchange import Exchange
 
 PRIVATE = ("partition", "simulation")  # sections that are the server's own affair
 SHARED_DATA = ("max_length", "validation_fraction")  # of the data section; where data lies is each side's own
@@ -86,7 +86,9 @@ class Roster:
         """Tell everybody that the run is over."""
         said: Arrays = {"summary": np.frombuffer(json.dumps(summary).encode(), np.uint8)}
         nodes = {client: visit.node for client, visit in self._there().items()}
-        exchange(self.grid, [Assignment(wire.END, 0, client, said) for client in nodes], nodes, "", GOODBYE_SECONDS)
+        goodbyes = [Assignment(wire.END, 0, client, said) for client in nodes]
+        for _ in Exchange(self.grid, goodbyes, nodes, "", GOODBYE_SECONDS).replies:  # they are asked while this is read
+            pass
 
     def _there(self) -> dict[int, Visit]:
         """The visits of nodes that are online and whose key is listed."""

@@ -1,6 +1,7 @@
 """THE round loop, over any Flower `Grid`: simulated clients in this process, or real ones behind a SuperLink.
 
 A round: sample -> send -> receive -> validate -> combine -> apply -> evaluate -> record -> checkpoint.
+Of many clients (more than HELD) the updates are combined as they come, and dropped, where the strategy needs no more than sums.
 Before round 1 the clients may be surveyed (`training.head_init`), and the model is evaluated as it stands: that is round 0.
 """
 
@@ -10,8 +11,9 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import cast
 
 from flwr.serverapp import Grid
 
@@ -24,12 +26,16 @@ from fedpeft.records import MERGED, Arrays, Assignment, Metrics, RoundRecord, Up
 from fedpeft.screen import Screen
 from fedpeft.server import checkpoint, sampling
 from fedpeft.server.asking import Judged, assign, judge
-from fedpeft.server.exchange import Exchange, exchange
+from fedpeft.server.exchange import Exchange
 from fedpeft.server.federation import Federation, Outcome
+from fedpeft.server.private_round import private_round
 from fedpeft.server.run_folder import RunFolder
-from fedpeft.strategies.strategy import Round
+from fedpeft.strategies.strategy import Combined, Round
 
 MAX_EMPTY_ROUNDS = 3  # rounds in a row without enough accepted updates, after which a run stops
+HELD = 32  # updates that may be at hand at once; of more, a strategy that streams sees each once, and estimates its report
+LISTED = 100  # clients that a record lists one by one: those whose updates went farthest, and as many of those left out
+NOTED = 10  # clients left out that a person is told of, a line each
 
 
 def run(federation: Federation, grid: Grid, folder: RunFolder, screen: Screen) -> Outcome:
@@ -42,10 +48,13 @@ def run(federation: Federation, grid: Grid, folder: RunFolder, screen: Screen) -
     else:
         screen.note(f"resuming after round {outcome.records[-1].round}")
     for round in range(outcome.records[-1].round + 1, federation.config.strategy.num_rounds + 1):
-        if _is_stuck(outcome, federation) or _is_spent(outcome, federation):
+        if _is_stuck(outcome, federation) or _is_spent(outcome, federation) or (federation.curator and federation.curator.refusal()):
             break
         _finish_round(federation, outcome, _play(federation, grid, outcome, round), folder, screen)
-    if _is_spent(outcome, federation):
+    unplayed = outcome.records[-1].round < federation.config.strategy.num_rounds
+    if unplayed and federation.curator and (refusal := federation.curator.refusal()):
+        outcome.stopped_because = refusal
+    elif _is_spent(outcome, federation):
         outcome.stopped_because = f"{SPENT}: no client can afford another round of epsilon"
     elif _is_stuck(outcome, federation):
         last = outcome.records[-1]
@@ -83,25 +92,27 @@ def _finish_round(federation: Federation, outcome: Outcome, record: RoundRecord,
     except OSError as error:
         do = "make room, and go on after the round before with --resume"
         raise RunStopped(f"round {record.round} cannot be written to {folder.path} ({error.strerror}); {do}") from error
-    for client, reason in record.rejected_clients.items():
+    for client, reason in list(record.rejected_clients.items())[:NOTED]:
         screen.note(f"round {record.round}: client {client} left out: {reason}")
+    if (more := sum(record.rejected.values()) - NOTED) > 0:
+        screen.note(f"round {record.round}: {more:,} more clients left out, see {folder.rounds}")
     screen.round_done(record, federation.config.strategy.num_rounds)
 
 
 def _before_training(federation: Federation, grid: Grid, outcome: Outcome) -> RoundRecord:
     """Round 0: the surveys, if there are any, and the metrics before any training."""
     started = time.perf_counter()
-    traffic, judged = Exchange([], 0, 0), Judged()
+    traffic, judged = Exchange(grid, [], {}, federation.base, 0.0), Judged()
     for survey in federation.surveys:
         roster = _wait_for(federation)
         asked = assign(federation, survey.action, sorted(roster), outcome, 0)
-        answered = exchange(grid, asked.assignments, roster, federation.base, federation.config.strategy.round_timeout, federation.roster)
-        judged = judge(answered, federation, lambda client, survey=survey: survey.expects)  # type: ignore[misc]
+        traffic, judged = _exchange(federation, grid, asked.assignments, roster).after(traffic), Judged()
+        answers = judge(traffic, federation, lambda client, survey=survey: survey.expects, judged)  # type: ignore[misc]
+        sums = arithmetic.total(answer.arrays for answer in answers)
         if not judged.accepted:
-            reasons = "; ".join(sorted({failure.reason for failure in judged.failed}))
+            reasons = "; ".join(sorted({failure.reason for failure in judged.failed})[:NOTED])
             raise RunStopped(f"no client answered the survey {survey.action} before round 1: {reasons}")
-        outcome.arrays = {**outcome.arrays, **survey.finish(arithmetic.total(update.arrays for update in judged.accepted))}
-        traffic = answered.after(traffic)
+        outcome.arrays = {**outcome.arrays, **survey.finish(sums)}
     surveyed = time.perf_counter()
     metrics = federation.evaluate(outcome.arrays)
     seconds = {"exchange": surveyed - started, "evaluate": time.perf_counter() - surveyed}
@@ -111,43 +122,81 @@ def _before_training(federation: Federation, grid: Grid, outcome: Outcome) -> Ro
 def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> RoundRecord:
     """One round; moves the outcome's arrays and state unless too few updates were accepted."""
     settings = federation.config.strategy
-    times = [time.perf_counter()]
+    started = time.perf_counter()
     roster = _wait_for(federation)
-    clients = sampling.choose(
-        [client for client in roster if client not in outcome.spent],
-        settings.fraction_train,
-        settings.min_train_nodes,
-        federation.config.seed,
-        round,
-    )
+    private = private_round(federation, round)
+    if private is not None:
+        clients = private.sample(roster)
+    else:
+        able = [client for client in roster if client not in outcome.spent]
+        clients = sampling.choose(able, settings.fraction_train, settings.min_train_nodes, federation.config.seed, round)
     received, at = outcome.arrays, federation.at(round)
     asked = assign(federation, wire.TRAIN, clients, outcome, round)
-    traffic = exchange(grid, asked.assignments, roster, federation.base, settings.round_timeout, federation.roster)
+    traffic, judged = _exchange(federation, grid, asked.assignments, roster), Judged()
     trained = federation.trains(received)
-    judged = judge(traffic, federation, lambda client: federation.strategy.uploads(trained, federation.at(round, client)), received)
+    arriving = judge(
+        traffic, federation, lambda client: federation.strategy.uploads(trained, federation.at(round, client)), judged, received
+    )
+    combined: Combined | None
+    if private is not None:
+        released = private.release(arriving, received, federation, outcome.state)
+        combined, answered = federation.strategy.combine(released, received, at), judged
+    elif federation.strategy.streams and len(clients) > HELD:
+        combined, answered = _combine_as_they_come(federation, arriving, received, at), judged
+    else:
+        combined, answered = _combine_together(federation, grid, roster, traffic, judged, list(arriving), received, at)
     outcome.spent |= {failure.client for failure in judged.failed if failure.reason.startswith(SPENT)}
     outcome.seen |= {update.client: round - 1 for update in judged.accepted}
     for failure in judged.failed:  # it may have lost what it was sent: the next time it is sent everything
         outcome.seen.pop(failure.client, None)
-    question = federation.strategy.second(judged.accepted, at) if len(judged.accepted) >= federation.fewest else {}
-    if question:
-        traffic, judged = _ask_again(federation, grid, roster, question, traffic, judged, at)
-    times.append(time.perf_counter())
     moved, said = 0.0, {}
-    if len(judged.accepted) >= federation.fewest:
-        combined = federation.strategy.combine(judged.accepted, {**received, **question}, at)
-        applied, outcome.state = federation.strategy.apply(received, combined.arrays, outcome.state)
+    if combined is not None and len(answered.accepted) >= federation.fewest:
+        applied, state = federation.strategy.apply(received, combined.arrays, outcome.state)
+        outcome.state = state if private is None else state | private.state
         outcome.arrays = federation.settle(applied)
         said = combined.report
         moved = _moved(received, outcome.arrays)
-    times.append(time.perf_counter())
+    combining = time.perf_counter() - started - answered.seconds
     metrics = federation.evaluate(outcome.arrays) if moved else outcome.records[-1].metrics
-    times.append(time.perf_counter())
     if federation.ranks:
         said = {**said, "left_out_by_rank": sum(asked.left_out.values()) / len(asked.left_out)}
-    spent = [end - start for start, end in itertools.pairwise(times)]
-    seconds = dict(zip(("exchange", "combine", "evaluate"), spent, strict=True))
-    return _record(round, traffic, judged, metrics, moved, seconds, said)
+    evaluating = time.perf_counter() - started - answered.seconds - combining
+    seconds = {"exchange": answered.seconds, "combine": combining, "evaluate": evaluating}
+    record = _record(round, traffic, answered, metrics, moved, seconds, said)
+    return record if private is None else private.censored(record)
+
+
+def _exchange(federation: Federation, grid: Grid, assignments: Sequence[Assignment], roster: dict[int, int]) -> Exchange:
+    return Exchange(grid, assignments, roster, federation.base, federation.config.strategy.round_timeout, federation.roster)
+
+
+def _combine_as_they_come(federation: Federation, arriving: Iterator[Update], received: Arrays, at: Round) -> Combined | None:
+    """What the strategy makes of the updates, none of which is kept; None when there are none."""
+    first = next(arriving, None)
+    if first is None:
+        return None
+    updates = itertools.chain([first], arriving)
+    del first
+    return federation.strategy.combine(cast(Sequence[Update], updates), received, at)  # it streams: it reads them once
+
+
+def _combine_together(
+    federation: Federation,
+    grid: Grid,
+    roster: dict[int, int],
+    traffic: Exchange,
+    judged: Judged,
+    updates: list[Update],
+    received: Arrays,
+    at: Round,
+) -> tuple[Combined | None, Judged]:
+    """What the strategy makes of the updates, and who is in it: of those who were asked twice, who answered twice."""
+    question = federation.strategy.second(updates, at) if len(updates) >= federation.fewest else {}
+    if question:
+        updates, judged = _ask_again(federation, grid, roster, question, traffic, judged, updates, at)
+    if len(updates) < federation.fewest:
+        return None, judged
+    return federation.strategy.combine(updates, {**received, **question}, at), judged
 
 
 def _moved(before: Arrays, after: Arrays) -> float:
@@ -159,15 +208,26 @@ def _moved(before: Arrays, after: Arrays) -> float:
 
 
 def _ask_again(
-    federation: Federation, grid: Grid, roster: dict[int, int], question: Arrays, traffic: Exchange, judged: Judged, at: Round
-) -> tuple[Exchange, Judged]:
+    federation: Federation,
+    grid: Grid,
+    roster: dict[int, int],
+    question: Arrays,
+    traffic: Exchange,
+    judged: Judged,
+    updates: list[Update],
+    at: Round,
+) -> tuple[list[Update], Judged]:
     """The second question of a round, to those whose first answer was accepted; both answers become one update."""
-    first = {update.client: update for update in judged.accepted}
-    asked = [Assignment(wire.SECOND, at.number, client, question) for client in first]
-    answered = exchange(grid, asked, roster, federation.base, federation.config.strategy.round_timeout, federation.roster)
-    again = judge(answered, federation, lambda client: federation.strategy.answers(federation.at(at.number, client)))
-    both = [replace(first[update.client], arrays={**first[update.client].arrays, **update.arrays}) for update in again.accepted]
-    return traffic.after(answered), Judged(both, judged.failed + again.failed, judged.norms)
+    first = {update.client: update for update in updates}
+    answered, again = (
+        _exchange(federation, grid, [Assignment(wire.SECOND, at.number, client, question) for client in first], roster),
+        Judged(),
+    )
+    answers = judge(answered, federation, lambda client: federation.strategy.answers(federation.at(at.number, client)), again)
+    both = [replace(first[answer.client], arrays={**first[answer.client].arrays, **answer.arrays}) for answer in answers]
+    traffic.after(answered)
+    accepted = [update for update in judged.accepted if update.client in {answer.client for answer in again.accepted}]
+    return both, Judged(accepted, judged.failed + again.failed, judged.norms, judged.seconds + again.seconds)
 
 
 def _wait_for(federation: Federation) -> dict[int, int]:
@@ -187,7 +247,7 @@ def _is_stuck(outcome: Outcome, federation: Federation) -> bool:
     trained = [record for record in outcome.records if record.round > 0]
     num_rounds = federation.config.strategy.num_rounds
     recent = trained[-min(MAX_EMPTY_ROUNDS, num_rounds) :]
-    empty = [record for record in recent if record.accepted < federation.fewest]
+    empty = [record for record in recent if record.accepted < federation.fewest or (record.asked and not record.accepted)]
     return len(empty) == min(MAX_EMPTY_ROUNDS, num_rounds)
 
 
@@ -202,21 +262,29 @@ def _record(
     examples = sum(update.examples for update in judged.accepted)
     return RoundRecord(
         round=round,
-        asked=len(traffic.replies),
+        asked=len(traffic.assignments),
         accepted=len(judged.accepted),
         rejected=dict(sorted(Counter(failure.reason.split(":")[0] for failure in judged.failed).items())),
-        rejected_clients={str(failure.client): failure.reason for failure in judged.failed},
+        rejected_clients={str(failure.client): failure.reason for failure in judged.failed[:LISTED]},
         loss=_training_loss(judged.accepted),
         metrics=metrics,
         examples=examples,
         bytes_up=traffic.bytes_up,
         bytes_down=traffic.bytes_down,
         update_norm=moved,
-        client_update_norms=judged.norms,
+        client_update_norms=_farthest(judged.norms),
         seconds=seconds,
         epsilon=max((update.metrics["epsilon"] for update in judged.accepted if "epsilon" in update.metrics), default=None),
         report={**said, **_client_means(judged.accepted)},
     )
+
+
+def _farthest(norms: dict[str, float]) -> dict[str, float]:
+    """The largest of many, in the order of clients."""
+    if len(norms) <= LISTED:
+        return norms
+    kept = set(sorted(norms, key=lambda client: (-norms[client], int(client)))[:LISTED])
+    return {client: norm for client, norm in norms.items() if client in kept}
 
 
 def _training_loss(updates: Sequence[Update]) -> float | None:

@@ -35,6 +35,11 @@ class RunFolder:
         return self.path / "ledger"
 
     @property
+    def ledger(self) -> pathlib.Path:
+        """The server's own, where whole clients are private."""
+        return self.ledgers / "server.jsonl"
+
+    @property
     def checkpoint(self) -> pathlib.Path:
         """What `--resume` reads."""
         return self.path / "checkpoint"

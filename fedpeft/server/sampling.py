@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from fedpeft import seeds
 from fedpeft.config import Config
 from fedpeft.errors import Problems
+from fedpeft.privacy.curator import curator
+from fedpeft.privacy.ledger import Ledger
 from fedpeft.strategies.strategy import Strategy
 
 
@@ -25,6 +27,9 @@ def choose(available: Sequence[int], fraction: float, minimum: int, seed: int, r
 
 def check(config: Config, strategy: Strategy, clients: int, problems: Problems) -> None:
     """Numbers of clients that a round could never reach."""
+    if config.privacy is not None and config.privacy.of_clients:
+        with problems.gather():
+            curator(config.privacy, Ledger(None), clients, config.strategy.fraction_train, config.strategy.num_rounds)
     asked = size(clients, config.strategy.fraction_train, config.strategy.min_train_nodes)
     if asked < strategy.fewest:
         got = f"{config.strategy.name} needs {strategy.fewest} updates a round, and {asked} of {clients} clients are asked"

@@ -28,6 +28,7 @@ from fedpeft.runs import Run, read_run
 from fedpeft.screen import Facts, Screen, choose
 from fedpeft.server.federation import FINISHED
 from fedpeft.server.run_folder import RunFolder
+from fedpeft.simulations import study_epsilon
 from fedpeft.simulations.assemble import deal
 from fedpeft.simulations.run import simulate
 from fedpeft.simulations.study_picture import draw
@@ -72,6 +73,8 @@ def run(study: Study, out: pathlib.Path, target: float | None = None, json: bool
     results = _results(study, out, picked, trials, target)
     write_tables(results, out)
     draw(results, out / "study.png")
+    if costs := study_epsilon.costs(results):
+        study_epsilon.draw(costs, results.metric, out / "epsilon.png")
     return results
 
 

@@ -3,7 +3,7 @@
 DIR/results.csv   a row a cell: settings, seed, status and what came out
 DIR/curves.csv    a row a round of a finished cell: the primary metric, and the bytes sent up and down until then
 DIR/tuning.csv    a row a candidate, when settings were tuned
-DIR/study.md      a row an arm: mean, interval, paired difference to the first arm, what it cost; and what failed
+DIR/study.md      a row an arm: mean, interval, paired difference to the first arm, what it cost; what privacy costs; what failed
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from fedpeft.intervals import CONFIDENCE, Estimate, estimate
 from fedpeft.report import RESULTS
 from fedpeft.runs import Run
+from fedpeft.simulations import study_epsilon
 from fedpeft.simulations.study_results import Cell, Results, Trial, finished, keys, paired, reaches, track
 from fedpeft.units import format_bytes, format_number, format_seconds, one_line
 
@@ -99,6 +100,9 @@ def _page(results: Results) -> str:
         said = "means over the seeds that get there, and how many do"
         parts.append(f"Rounds and bytes until {results.metric} is first {results.target:g} or better: {said}.")
     parts.append("![the metric against rounds and bytes](study.png)")
+    if costs := study_epsilon.costs(results):
+        said = f"{results.metric} against epsilon: arms that differ in nothing but privacy are a row; mean and {INTERVAL} over the seeds."
+        parts += ["## What privacy costs", said, _markdown(*study_epsilon.table(costs)), "![the metric against epsilon](epsilon.png)"]
     if results.trials:
         parts += [
             "## Picked on the validation split",

@@ -36,6 +36,8 @@ class Facts:
     stateful: bool
     noise_proof: bool
     summable: bool
+    of_mean: bool
+    streams: bool
 
     def __str__(self) -> str:
         said = {
@@ -46,6 +48,8 @@ class Facts:
             "stateful clients": _yes(self.stateful),
             "noise in training protects uploads": _yes(self.noise_proof),
             "secure aggregation": _yes(self.summable),
+            "privacy of whole clients": _yes(self.of_mean),
+            "the server keeps": "sums" if self.streams else "every update of a round",
         }
         return "; ".join([self.paper, *(f"{key}: {value}" for key, value in said.items())])
 
@@ -66,6 +70,8 @@ def facts(name: str) -> Facts:
         stateful=any(part.stateful for part in parts),
         noise_proof=all(part.noise_proof for part in parts),
         summable=all(part.summable for part in parts),
+        of_mean=strategy.of_mean,
+        streams=strategy.streams,
     )
 
 

@@ -11,12 +11,12 @@ Paper: Singhal et al. 2025 (arXiv:2502.15436), section 3. The published code ave
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from fedpeft.records import Arrays, Update
 from fedpeft.strategies import aggregation
-from fedpeft.strategies.strategy import Combined, Round, Strategy
+from fedpeft.strategies.strategy import Combined, Round, Strategy, streaming
 
 
 class FedSb(Strategy):
@@ -25,6 +25,7 @@ class FedSb(Strategy):
     paper: ClassVar[str] = "arXiv:2502.15436"
     of_cores: ClassVar[bool] = True
     plain_mean: ClassVar[bool] = True
+    from_mean: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     summable: ClassVar[bool] = True
 
@@ -32,7 +33,8 @@ class FedSb(Strategy):
         """Cores and head."""
         return tuple(sorted(set(names) - {name for pair in at.layout.pairs for name in (pair.A, pair.B)}))
 
-    def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
+    @streaming
+    def combine(self, updates: Iterable[Update], received: Arrays, at: Round) -> Combined:
         """The weighted mean of cores and head; exact, which the report shows."""
-        mean = aggregation.mean(updates)
-        return Combined(mean, aggregation.error(updates, mean, received, at.layout))
+        mean, error = aggregation.gather(updates, received, at)
+        return Combined(mean, error(mean))

@@ -11,7 +11,7 @@ Paper: Lee et al. 2025 (arXiv:2505.12805), algorithm 1. The published code forms
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from pydantic import Field
 from fedpeft.products import Product
 from fedpeft.records import Arrays, Update
 from fedpeft.strategies import aggregation
-from fedpeft.strategies.strategy import Combined, Round, Strategy
+from fedpeft.strategies.strategy import Combined, Round, Strategy, streaming
 
 
 class FedSvd(Strategy):
@@ -31,6 +31,7 @@ class FedSvd(Strategy):
     exact: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
     summable: ClassVar[bool] = True
+    from_mean: ClassVar[bool] = True
 
     svd_period: int = Field(1, ge=1, description="refactor after every so many rounds")
 
@@ -38,9 +39,10 @@ class FedSvd(Strategy):
         """All but A."""
         return tuple(sorted(set(names) - {pair.A for pair in at.layout.pairs}))
 
-    def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
+    @streaming
+    def combine(self, updates: Iterable[Update], received: Arrays, at: Round) -> Combined:
         """The mean of B, refactored with A."""
-        arrays = aggregation.mean(updates)
+        arrays, error = aggregation.gather(updates, received, at)
         if at.number % self.svd_period == 0:
             for pair in at.layout.pairs:
                 B, A = arrays[pair.B], received[pair.A]
@@ -49,4 +51,4 @@ class FedSvd(Strategy):
                     arrays[pair.A], arrays[pair.B] = np.zeros_like(A), np.zeros_like(B)  # rows beyond min(d_out, d_in) stay zero
                     arrays[pair.A][: len(Vt)] = Vt
                     arrays[pair.B][:, : len(S)] = U * S
-        return Combined(arrays, aggregation.error(updates, arrays, received, at.layout))
+        return Combined(arrays, error(arrays))

@@ -11,12 +11,12 @@ Papers: McMahan et al. 2017 (arXiv:1602.05629), algorithm 1; Zhang et al. 2023 (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import ClassVar
 
 from fedpeft.records import Arrays, Update
 from fedpeft.strategies import aggregation
-from fedpeft.strategies.strategy import Combined, Round, Strategy
+from fedpeft.strategies.strategy import Combined, Round, Strategy, streaming
 
 
 class FedAvg(Strategy):
@@ -24,9 +24,11 @@ class FedAvg(Strategy):
 
     paper: ClassVar[str] = "arXiv:2305.05644"
     plain_mean: ClassVar[bool] = True
+    from_mean: ClassVar[bool] = True
     summable: ClassVar[bool] = True
 
-    def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
+    @streaming
+    def combine(self, updates: Iterable[Update], received: Arrays, at: Round) -> Combined:
         """The n_k-weighted mean of every uploaded tensor, summed in float64 in the order of clients."""
-        mean = aggregation.mean(updates)
-        return Combined(mean, aggregation.error(updates, mean, received, at.layout))
+        mean, error = aggregation.gather(updates, received, at)
+        return Combined(mean, error(mean))

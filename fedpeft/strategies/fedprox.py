@@ -21,6 +21,7 @@ class FedProx(Over):
     """A proximal term in every local step."""
 
     paper: ClassVar[str] = "arXiv:1812.06127"
+    from_mean: ClassVar[bool] = True
 
     mu: float = Field(0.01, gt=0, description="strength of the pull; large values freeze the clients")
 

@@ -12,12 +12,12 @@ Paper: Guo et al. 2024 (arXiv:2410.01463), section 3.2; the head stays at home a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from fedpeft.records import Arrays, TensorSpec, Update
 from fedpeft.strategies import aggregation
-from fedpeft.strategies.strategy import Combined, Round, Strategy, Turn
+from fedpeft.strategies.strategy import Combined, Round, Strategy, Turn, streaming
 
 
 class FedsaLora(Strategy):
@@ -46,6 +46,7 @@ class FedsaLora(Strategy):
         shared = {pair.A for pair in turn.at.layout.pairs}
         return {name: trained[name] for name in shared}, {name: array for name, array in trained.items() if name not in shared}
 
-    def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
+    @streaming
+    def combine(self, updates: Iterable[Update], received: Arrays, at: Round) -> Combined:
         """The weighted mean of A."""
         return Combined(aggregation.mean(updates))

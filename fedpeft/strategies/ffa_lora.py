@@ -10,12 +10,12 @@ Paper: Sun et al. 2024 (arXiv:2403.12313), section 4. The paper's learning rates
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from fedpeft.records import Arrays, Update
 from fedpeft.strategies import aggregation
-from fedpeft.strategies.strategy import Combined, Round, Strategy
+from fedpeft.strategies.strategy import Combined, Round, Strategy, streaming
 
 
 class FfaLora(Strategy):
@@ -24,6 +24,7 @@ class FfaLora(Strategy):
     paper: ClassVar[str] = "arXiv:2403.12313"
     of_factors: ClassVar[bool] = True
     plain_mean: ClassVar[bool] = True
+    from_mean: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     summable: ClassVar[bool] = True
 
@@ -36,7 +37,8 @@ class FfaLora(Strategy):
         """All but A."""
         return self.sends(names, at)
 
-    def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
+    @streaming
+    def combine(self, updates: Iterable[Update], received: Arrays, at: Round) -> Combined:
         """The weighted mean of B and the head; exact, which the report shows."""
-        mean = aggregation.mean(updates)
-        return Combined(mean, aggregation.error(updates, mean, received, at.layout))
+        mean, error = aggregation.gather(updates, received, at)
+        return Combined(mean, error(mean))

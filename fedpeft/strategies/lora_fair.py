@@ -16,6 +16,9 @@ independent A_k keep most of it. Between 0 and infinity the residual grows with 
 from dB = 0 until it stands still. The published start, a Xavier draw, leaves noise in B' that 1000 steps do not remove;
 zero is a fixed point for identical clients and makes the run deterministic. Columns of dW* that are zero are left out.
 
+Under client-level privacy only a noisy mean of the factors is released, and B' is post-processing of it: the clients' products
+are not to be had, the residual is zero, and the run is that of FedAvg.
+
 Paper: Bian et al. 2025 (arXiv:2411.14961), section 4. Rank must be the same everywhere; the head is averaged.
 """
 
@@ -38,6 +41,7 @@ class LoraFair(Strategy):
 
     paper: ClassVar[str] = "arXiv:2411.14961"
     of_factors: ClassVar[bool] = True
+    from_mean: ClassVar[bool] = True
 
     solver: Literal["closed_form", "cosine"] = Field(
         "closed_form", description="closed_form: ridge regression; cosine: the paper's objective"

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from fedpeft.errors import UserError
 from fedpeft.lookup import find
 from fedpeft.records import Arrays, Layout, TensorSpec, Update
-from fedpeft.strategies.strategy import Combined, Round, Strategy, Turn
+from fedpeft.strategies.strategy import Combined, Round, Strategy, Turn, streaming
 
 
 class Over(Strategy):
@@ -50,9 +50,19 @@ class Over(Strategy):
         return self
 
     @property
+    def streams(self) -> bool:
+        """As the inner strategy, unless a subclass needs more."""
+        return super().streams and self.inner.streams
+
+    @property
     def fewest(self) -> int:
         """As the inner strategy."""
         return self.inner.fewest
+
+    @property
+    def of_mean(self) -> bool:
+        """As the inner strategy, where this one adds nothing that needs more."""
+        return self.from_mean and self.inner.of_mean
 
     def check_config(self, config: Any, adapter: Any) -> None:
         """As the inner strategy."""
@@ -126,6 +136,7 @@ class Over(Strategy):
         """As the inner strategy."""
         return self.inner.answers(at)
 
+    @streaming
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
         """As the inner strategy."""
         return self.inner.combine(updates, received, at)

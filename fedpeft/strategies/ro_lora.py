@@ -10,12 +10,12 @@ Paper: Chen et al. 2025 (arXiv:2502.01755), algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from fedpeft.records import Arrays, Update
 from fedpeft.strategies import aggregation
-from fedpeft.strategies.strategy import Combined, Round, Strategy
+from fedpeft.strategies.strategy import Combined, Round, Strategy, streaming
 
 
 class RoLora(Strategy):
@@ -24,6 +24,7 @@ class RoLora(Strategy):
     paper: ClassVar[str] = "arXiv:2502.01755"
     of_factors: ClassVar[bool] = True
     plain_mean: ClassVar[bool] = True
+    from_mean: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     summable: ClassVar[bool] = True
 
@@ -32,7 +33,8 @@ class RoLora(Strategy):
         frozen = {pair.A if at.number % 2 else pair.B for pair in at.layout.pairs}
         return tuple(sorted(set(names) - frozen))
 
-    def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
+    @streaming
+    def combine(self, updates: Iterable[Update], received: Arrays, at: Round) -> Combined:
         """The weighted mean of the factor that moved, and of the head."""
-        mean = aggregation.mean(updates)
-        return Combined(mean, aggregation.error(updates, mean, received, at.layout))
+        mean, error = aggregation.gather(updates, received, at)
+        return Combined(mean, error(mean))

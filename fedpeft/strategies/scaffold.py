@@ -14,8 +14,8 @@ Paper: Karimireddy et al. 2020 (arXiv:1910.06378), algorithm 1. The clipped grad
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from fedpeft.errors import Problem, UserError
 from fedpeft.lookup import find
 from fedpeft.records import BESIDE, Arrays, TensorSpec, Update
 from fedpeft.strategies.over import Over
-from fedpeft.strategies.strategy import Combined, Round, Strategy, Turn
+from fedpeft.strategies.strategy import Combined, Round, Strategy, Turn, streaming
 
 CONTROL = BESIDE + "control."
 
@@ -80,14 +80,18 @@ class Scaffold(Over):
         change = {name: array - turn.memory.get(name, np.float32(0)) for name, array in renewed.items()}
         return {**upload, **change}, {**turn.memory, **memory, **renewed}
 
-    def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
+    @streaming
+    def combine(self, updates: Iterable[Update], received: Arrays, at: Round) -> Combined:
         """The strategy underneath combines; c moves by the mean change over all N clients."""
-        plain = [
-            dataclasses.replace(update, arrays={n: a for n, a in update.arrays.items() if not n.startswith(CONTROL)}) for update in updates
-        ]
-        inner = self.inner.combine(plain, received, at)
-        moved = {}
-        for name in (name for name in updates[0].arrays if name.startswith(CONTROL)):
-            change = sum(update.arrays[name].astype(np.float64) for update in updates) / at.clients
-            moved[name] = (received[name] + change).astype(received[name].dtype)
+        changes: Arrays = {}
+
+        def plain() -> Iterator[Update]:
+            for update in updates:
+                for name in (name for name in update.arrays if name.startswith(CONTROL)):
+                    changes.setdefault(name, np.zeros(update.arrays[name].shape))[...] += update.arrays[name]
+                yield dataclasses.replace(update, arrays={n: a for n, a in update.arrays.items() if not n.startswith(CONTROL)})
+                del update
+
+        inner = self.inner.combine(list(plain()) if isinstance(updates, Sequence) else cast(Sequence[Update], plain()), received, at)
+        moved = {name: (received[name] + change / at.clients).astype(received[name].dtype) for name, change in changes.items()}
         return Combined({**inner.arrays, **moved}, inner.report)

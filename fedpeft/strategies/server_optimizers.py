@@ -33,6 +33,7 @@ class ServerOptimizer(Over):
 
     paper: ClassVar[str] = "arXiv:2003.00295"
     exact: ClassVar[bool] = False
+    from_mean: ClassVar[bool] = True
 
     def refuses(self, inner: Strategy) -> str | None:
         """Strategies that refactor."""

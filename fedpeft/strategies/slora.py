@@ -13,7 +13,7 @@ draws other positions for every client and round, which makes the sum dense.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,7 +26,7 @@ from fedpeft.products import leading
 from fedpeft.records import Arrays, Layout, Update, sparse_name
 from fedpeft.strategies import aggregation
 from fedpeft.strategies.fitting import padded
-from fedpeft.strategies.strategy import Combined, Round, Strategy
+from fedpeft.strategies.strategy import Combined, Round, Strategy, streaming
 
 
 class Slora(Strategy):
@@ -70,11 +70,13 @@ class Slora(Strategy):
         values = {sparse_name(pair.module) for pair in at.layout.pairs}
         return tuple(sorted(set(names) - (factors if at.number <= self.warmup_rounds else values)))
 
-    def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:
+    @streaming
+    def combine(self, updates: Iterable[Update], received: Arrays, at: Round) -> Combined:
         """The mean; at the end of stage 1 its best factors, and zeros for the sparse values."""
-        arrays = aggregation.mean(updates)
         if at.number > self.warmup_rounds:
-            return Combined(arrays, aggregation.error(updates, arrays, received, at.layout))
+            arrays, error = aggregation.gather(updates, received, at)
+            return Combined(arrays, error(arrays))
+        arrays = aggregation.mean(updates)
         if at.number < self.warmup_rounds:
             return Combined(arrays, {"aggregation_error": 0.0})
         left_out = size = 0.0

@@ -20,7 +20,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,15 @@ class Turn:
     step_sizes: float = 0.0  # sum of the learning rates of the turn's steps
 
 
+Combine = TypeVar("Combine", bound=Callable[..., Combined])
+
+
+def streaming(combine: Combine) -> Combine:
+    """Marks a `combine` that reads its updates once, in their order, and keeps none: it may be given any iterable of them."""
+    combine.streaming = True  # type: ignore[attr-defined]
+    return combine
+
+
 class Strategy(Settings):
     """The interface of every strategy.
 
@@ -82,11 +91,23 @@ class Strategy(Settings):
     personal: ClassVar[bool] = False  # part of each client's model stays with it: no global model exists
     summable: ClassVar[bool] = False  # the server needs only sums over clients: secure aggregation can hide the updates
     noise_proof: ClassVar[bool] = True  # what is uploaded is a function of what was trained: noise in training protects it
+    from_mean: ClassVar[bool] = False  # `combine` of the updates' mean alone is its whole work: noise on the mean protects clients
+
+    @property
+    def streams(self) -> bool:
+        """Whether `combine` may see the updates of a large round one by one; others need them all at hand. Marked by `streaming`,
+        so that a subclass with a `combine` of its own has to say it anew."""
+        return getattr(type(self).combine, "streaming", False)
 
     @property
     def fewest(self) -> int:
         """Fewest accepted updates that `combine` can work with."""
         return 1
+
+    @property
+    def of_mean(self) -> bool:
+        """As `from_mean`; for one over another, whether both are."""
+        return self.from_mean
 
     def proximal(self, at: Round) -> float:
         """mu of a proximal term in the clients' steps; 0: none."""

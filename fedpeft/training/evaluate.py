@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.data.encoded import Encoded
 from fedpeft.records import Arrays, Metrics
+from fedpeft.sections import TrainingSection
 from fedpeft.tasks.task import Task
 
 
@@ -19,10 +20,12 @@ def of_every_record(adapted: Adapted, data: Encoded, batch_size: int, ask: Calla
 
     out: np.ndarray[Any, Any] | None = None
     adapted.model.eval()
+    adapted.prefix.ready(data)
     with torch.no_grad():
         for rows in data.by_length(batch_size):
             inputs, labels = data.batch(rows, adapted.base.tokenizer, adapted.base.device)
-            got = ask(adapted.model, inputs, labels).float().cpu().numpy()
+            with adapted.prefix.serving(data, rows):
+                got = ask(adapted.model, inputs, labels).float().cpu().numpy()
             if out is None:
                 out = np.empty((len(data), got.shape[1]), np.float32)
             out[rows] = got
@@ -39,3 +42,8 @@ def evaluate(adapted: Adapted, task: Task, arrays: Arrays, data: Encoded, batch_
     """The task's metrics of the model with `arrays`."""
     adapted.write(arrays)
     return task.measure(of_every_record(adapted, data, batch_size, task.outputs), data.labels)
+
+
+def each(adapted: Adapted, task: Task, models: Sequence[tuple[Arrays, Encoded]], training: TrainingSection) -> list[Metrics]:
+    """The task's metrics of many models, each on its own data, one after another."""
+    return [evaluate(adapted, task, arrays, data, training.per_device_eval_batch_size) for arrays, data in models]

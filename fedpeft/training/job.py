@@ -15,6 +15,7 @@ from fedpeft.lookup import find
 from fedpeft.privacy.mechanism import Mechanism
 from fedpeft.records import Arrays, Failure
 from fedpeft.training import schedules
+from fedpeft.training.passes import length
 from fedpeft.training.rules import Rules
 
 BREAKS = (RuntimeError, ValueError, IndexError, ArithmeticError)  # what torch and NumPy raise, out of memory included
@@ -83,7 +84,10 @@ def _local_batches(config: Config, examples: int) -> int:
 
 
 def batches(config: Config, job: Job) -> list[list[Indices]]:
-    """The examples of every step [steps][accumulation][batch]: passes over fresh random orders, the last batch of a pass may be short."""
+    """The examples of every step [steps][accumulation][batch]: passes over fresh random orders, the last batch of a pass may be short.
+
+    With length buckets those of a step are dealt to its batches by length; which examples a step holds stays as it was.
+    """
     generator = seeds.generator(config.seed, "batches", job.round, job.client)
     size, accumulation = config.training.per_device_train_batch_size, config.training.gradient_accumulation_steps
     wanted = _local_batches(config, len(job.data))
@@ -91,4 +95,18 @@ def batches(config: Config, job: Job) -> list[list[Indices]]:
     while len(dealt) < wanted:
         order = generator.permutation(len(job.data))
         dealt.extend(np.split(order, range(size, len(order), size)))
-    return [dealt[step : min(step + accumulation, wanted)] for step in range(0, wanted, accumulation)]
+    steps = [dealt[step : min(step + accumulation, wanted)] for step in range(0, wanted, accumulation)]
+    return [by_length(config, job.data, parts) for parts in steps]
+
+
+def by_length(config: Config, data: Encoded, parts: list[Indices]) -> list[Indices]:
+    """The rows of one step in `training.length_buckets` batches for each of `parts`, so that rows of like length stand together.
+
+    The gradient of a step is a mean over all of them: its value does not depend on how they are dealt.
+    """
+    buckets = config.training.length_buckets
+    if buckets == 1 or not parts:
+        return parts
+    rows = np.concatenate(parts)
+    rows = rows[np.argsort([length(data, int(row)) for row in rows], kind="stable")]
+    return [part for part in np.array_split(rows, buckets * len(parts)) if len(part)]

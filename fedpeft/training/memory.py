@@ -54,6 +54,11 @@ def tokens_with_masks(training: TrainingSection, device: str, bytes_a_token: flo
     return max(tokens, min(fit, PASSES * tokens))
 
 
+def rows_at_once(training: TrainingSection, device: str, numbers: int) -> int:
+    """Rows of a pass each of which has a gradient of so many numbers for itself: what is gathered, found, and clipped."""
+    return int(budget(training, device) / 4 / (3 * 4 * numbers))
+
+
 @contextmanager
 def counted(standing: Iterable[torch.Tensor]) -> Iterator[Callable[[], int]]:
     """Gives a function that says how many bytes were kept for the backward pass inside the block, without those of `standing`."""

@@ -5,7 +5,9 @@ A step of client k, L the mean over the records of its batches:
     g = (clip(grad L) + mu (theta - theta_start) + penalty) M + drift;   theta <- optimiser(theta, g)
 
 M and the optimiser of a tensor are the adapter's to say (rules.py), the rest is the strategy's (`Job`). Under differential
-privacy clip(grad L) is what private.py releases instead; everything after it is post-processing.
+privacy clip(grad L) is what private.py releases instead; everything after it is post-processing. Where clipping and noise are
+the identity (sigma = 0, C infinite) it is the plain gradient over the batch that the mechanism draws, divided by the expected
+batch: the same code, so that private and plain runs over the same batches agree to the bit.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
     started = time.perf_counter()
     training = config.training
     adapted.write(job.start)
+    adapted.prefix.ready(job.data)
     parameters = adapted.train_only(job.names)
     trained = dict(zip(job.names, parameters, strict=True))
     steppers = optimizers(trained, job.rules, find("optimizer", training.optimizer), training.weight_decay)
@@ -58,10 +61,13 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
             set_rate(steppers, rate)
             for stepper in steppers:
                 stepper.zero_grad()
-            if job.private is not None:
-                private.into_gradients(adapted, task, job, job.private, trained, training.per_device_train_batch_size)
+            if job.private is not None and job.private.does_nothing:
+                drawn = private.parts(job, job.private, training.per_device_train_batch_size)
+                _into_gradients(adapted, task, job, drawn, job.private.batch)
+            elif job.private is not None:
+                private.into_gradients(adapted, task, job, job.private, trained, private.batch_size(adapted, trained, training))
             else:
-                losses.append(_into_gradients(adapted, task, job, parts))
+                losses.append(_into_gradients(adapted, task, job, parts, sum(map(len, parts))))
                 if training.max_grad_norm is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
             if job.proximal:
@@ -84,12 +90,18 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
     return Trained(adapted.read(job.names), loss, local_steps(config, len(job.data)), time.perf_counter() - started)
 
 
-def _into_gradients(adapted: Adapted, task: Any, job: Job, parts: Sequence[Indices]) -> float:
-    """The gradient of the mean loss over the records of all `parts`; the loss."""
-    records, loss = sum(len(rows) for rows in parts), 0.0
+def _into_gradients(adapted: Adapted, task: Any, job: Job, parts: Sequence[Indices], records: float) -> float:
+    """The gradient of the summed loss of all `parts` over the number of `records`, zero for no parts; the loss."""
+    import torch
+
+    loss = 0.0
+    if not parts:
+        for name in job.names:
+            adapted.parameters[name].grad = torch.zeros_like(adapted.parameters[name])
     for rows in parts:
         inputs, labels = job.data.batch(rows, adapted.base.tokenizer, adapted.base.device)
-        share = task.losses(adapted.model, inputs, labels).sum() / records
+        with adapted.prefix.serving(job.data, rows):
+            share = task.losses(adapted.model, inputs, labels).sum() / records
         share.backward()
         loss += float(share.detach())
     return loss

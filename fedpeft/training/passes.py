@@ -7,6 +7,7 @@ less padding than any client has alone. Gradients of a client add up over the pa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ class Batch:
     data: Encoded
     rows: Indices
     share: float  # of each row in the loss of the client's step
-    masks: Masks
+    masks: Masks | None  # None where nothing drops out
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,19 @@ class Pass:
 
     def tensors(self, tokenizer: Any, device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Inputs [rows, time] and labels [rows]."""
+        return self.data.batch(np.arange(len(self.data)), tokenizer, device)
+
+    @functools.cached_property
+    def data(self) -> Encoded:
+        """The examples of all rows."""
         inputs = [part.batch.data.inputs[part.batch.rows[place]] for part in self.parts for place in part.chosen]
         labels = np.concatenate([part.batch.data.labels[part.batch.rows[part.chosen]] for part in self.parts])
-        joined = Encoded(inputs, labels, self.parts[0].batch.data.label_count)
-        return joined.batch(np.arange(len(inputs)), tokenizer, device)
+        return Encoded(inputs, labels, self.parts[0].batch.data.label_count)
+
+    @property
+    def time(self) -> int:
+        """Tokens of every row, padding included."""
+        return max(length(part.batch.data, int(part.batch.rows[place])) for part in self.parts for place in part.chosen)
 
     def of_rows(self, values: Sequence[float] | Sequence[int]) -> list[Any]:
         """One value a part, said again for every row of it."""
@@ -76,7 +86,7 @@ def pools(batches: Iterable[Batch], tokens: int) -> Iterator[list[Batch]]:
     pool: list[Batch] = []
     held = 0
     for batch in batches:
-        size = batch.masks.rows * batch.masks.time
+        size = len(batch.rows) * max(length(batch.data, int(row)) for row in batch.rows)
         if pool and held + size > tokens:
             yield pool
             pool, held = [], 0
@@ -86,12 +96,12 @@ def pools(batches: Iterable[Batch], tokens: int) -> Iterator[list[Batch]]:
         yield pool
 
 
-def cut(batches: Sequence[Batch], tokens: int) -> Iterator[Pass]:
-    """All rows of `batches` in passes of at most `tokens` with padding (but at least one row), the longest rows first."""
+def cut(batches: Sequence[Batch], tokens: int, most: int | None = None) -> Iterator[Pass]:
+    """All rows of `batches` in passes of at most `tokens` with padding, and `most` rows, but at least one; the longest rows first."""
     rows = [(length(batch.data, row), number, place) for number, batch in enumerate(batches) for place, row in enumerate(batch.rows)]
     rows.sort(key=lambda row: -row[0])
     while rows:
-        size = max(1, tokens // rows[0][0])
+        size = max(1, min(tokens // rows[0][0], most or len(rows)))
         chosen: dict[int, list[int]] = {}
         for _, number, place in sorted(rows[:size], key=lambda row: row[1:]):
             chosen.setdefault(number, []).append(place)

@@ -21,6 +21,7 @@ from fedpeft.strategies.strategy import Strategy
 from fedpeft.tasks.task import Task
 from fedpeft.training import private
 from fedpeft.training.job import local_steps
+from fedpeft.training.prefix import Prefix
 
 ADAPTER = "adapter"  # the action of the survey that an adapter needs
 
@@ -58,6 +59,7 @@ def prepare(config: Config, labels: int) -> Prepared:
     adapted = adapter.attach(loaded, task.peft_task, config.seed, train_head=config.training.head == "trained")
     strategy.check(adapted.layout())
     adapted.add_sparse(strategy.sparse(adapted.layout(), config.seed))
+    adapted.prefix = Prefix(adapted, task.outputs, config.training.prefix_cache, config.training.prefix_cache_gb)
     surveys = {ADAPTER: adapter.survey()}
     if task.class_statistics:
         surveys = {config.training.head_init: find("head_init", config.training.head_init)(), **surveys}
@@ -65,8 +67,11 @@ def prepare(config: Config, labels: int) -> Prepared:
 
 
 def plans(config: Config, clients: Mapping[str, int]) -> list[Plan]:
-    """What each client will do under privacy, by its name and number of examples. Raises UserError with the problems of all."""
+    """What each client will do under privacy, by its name and number of examples, or all of them together, where the unit is a
+    client. Raises UserError with the problems of all."""
     assert config.privacy is not None
+    if config.privacy.of_clients:
+        return [planning.client_plan(config.privacy, len(clients), config.strategy.fraction_train, config.strategy.num_rounds)]
     batch = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
     found, problems = [], Problems()
     for name, examples in clients.items():
@@ -80,8 +85,9 @@ def plans(config: Config, clients: Mapping[str, int]) -> list[Plan]:
 def guards(
     config: Config, adapted: Adapted, clients: Mapping[int, tuple[str, int]], ledger: Callable[[int], pathlib.Path | None]
 ) -> dict[int, Guard]:
-    """The guard of each client, client -> (its name, number of examples), with its ledger at `ledger(client)`; none without privacy."""
-    if config.privacy is None:
+    """The guard of each client, client -> (its name, number of examples), with its ledger at `ledger(client)`; none where the clients
+    have nothing to guard: without privacy, and where the server adds the noise."""
+    if config.privacy is None or config.privacy.of_clients:
         return {}
     private.check(adapted)
     planned = plans(config, {name: examples for name, examples in clients.values()})

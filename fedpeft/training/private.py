@@ -6,7 +6,7 @@ linear head), else from one backward pass an example: slow, and right for anythi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,10 @@ from fedpeft.errors import Problem, UserError
 from fedpeft.privacy.mechanism import Mechanism, clipped_sum, released
 from fedpeft.privacy.noise import poisson
 from fedpeft.privacy.per_example import Rows, uncovered, watching
+from fedpeft.sections import TrainingSection
 from fedpeft.training.job import Job
+
+RowsOf = Callable[[Adapted, Any, Job, Indices, Mapping[str, Any]], Rows]
 
 
 def check(adapted: Adapted) -> None:
@@ -30,24 +33,43 @@ def check(adapted: Adapted) -> None:
             raise UserError(Problem("privacy", got, do="take a model with layer norm"))
 
 
-def into_gradients(adapted: Adapted, task: Any, job: Job, mechanism: Mechanism, trained: Mapping[str, Any], batch_size: int) -> None:
-    """Draw a batch, and let the gradients of the `trained` tensors be what the mechanism releases for it."""
+def batch_size(adapted: Adapted, trained: Mapping[str, Any], training: TrainingSection) -> int:
+    """Records of a forward pass: one where no closed form gives their gradients."""
+    return 1 if uncovered(adapted.model, dict(trained)) else training.per_device_train_batch_size
+
+
+def parts(job: Job, mechanism: Mechanism, size: int) -> list[Indices]:
+    """Draw a batch, and cut it into passes of `size` records; it may be empty."""
+    rows = poisson(mechanism.noise, len(job.data), mechanism.q)
+    return np.split(rows, range(size, len(rows), size)) if len(rows) else []
+
+
+def into_gradients(
+    adapted: Adapted, task: Any, job: Job, mechanism: Mechanism, trained: Mapping[str, Any], size: int, rows_of: RowsOf | None = None
+) -> None:
+    """Draw a batch, and let the gradients of the `trained` tensors be what the mechanism releases for it; `size` is `batch_size`.
+
+    `rows_of` makes the rows of a part (an audit puts its own in); those of the loss, when it is not given.
+    Of factors of a smaller rank than the model's, only what the client has is noised; the rest gets the gradient zero.
+    """
     import torch
 
-    rows = poisson(mechanism.noise, len(job.data), mechanism.q)
     total = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
-    for part in np.split(rows, range(batch_size, len(rows), batch_size)) if len(rows) else ():
-        for name, value in clipped_sum(_rows(adapted, task, job, part, trained), mechanism.C).items():
+    for part in parts(job, mechanism, size):
+        for name, value in clipped_sum((rows_of or rows)(adapted, task, job, part, trained), mechanism.C).items():
             total[name] += value
-    for name, gradient in released(mechanism, total).items():
-        trained[name].grad = gradient
+    own = {name: value[tuple(map(slice, job.start[name].shape))] for name, value in total.items()}
+    for name, gradient in released(mechanism, own).items():
+        own[name].copy_(gradient)
+        trained[name].grad = total[name]
 
 
-def _rows(adapted: Adapted, task: Any, job: Job, part: Indices, trained: Mapping[str, Any]) -> Rows:
+def rows(adapted: Adapted, task: Any, job: Job, part: Indices, trained: Mapping[str, Any]) -> Rows:
+    """The gradients of the records in `part`, [record, *shape] by parameter."""
     if not uncovered(adapted.model, dict(trained)):
-        with watching(adapted.model, dict(trained)) as rows:
+        with watching(adapted.model, dict(trained)) as found:
             _losses(adapted, task, job, part).sum().backward()
-        return rows
+        return found
     import torch
 
     each: dict[str, list[Any]] = {name: [] for name in trained}
@@ -56,11 +78,12 @@ def _rows(adapted: Adapted, task: Any, job: Job, part: Indices, trained: Mapping
         _losses(adapted, task, job, np.array([row])).sum().backward()
         for name, parameter in trained.items():
             each[name].append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone())
-    return {name: torch.stack(found) for name, found in each.items()}
+    return {name: torch.stack(gradients) for name, gradients in each.items()}
 
 
 def _losses(adapted: Adapted, task: Any, job: Job, part: Indices) -> Any:
     inputs, labels = job.data.batch(part, adapted.base.tokenizer, adapted.base.device)
-    losses = task.losses(adapted.model, inputs, labels)
+    with adapted.prefix.serving(job.data, part):
+        losses = task.losses(adapted.model, inputs, labels)
     assert losses.shape == (len(part),), "a loss an example, or examples are coupled"
     return losses

@@ -14,14 +14,14 @@ from fedpeft import Config, simulate
 from fedpeft.data.encoded import Encoded
 from fedpeft.records import Failure, merge_names, merged_round
 from fedpeft.simulations.assemble import assemble
-from fedpeft.training import many, one
+from fedpeft.training import cohort, many, one, seating
 from fedpeft.training.job import Job, rates
 from fedpeft.training.masks import Masks
 from fedpeft.training.optimizers import StackedAdamW
 from fedpeft.training.passes import Pass
 from fedpeft.training.rules import Rules
 
-CLOSE = 1e-5
+from .engines import CLOSE, farthest, moved, no_dropout, said, settings_with
 
 
 @pytest.fixture(autouse=True)
@@ -31,25 +31,9 @@ def _said_again():
     many._ran_out.cache_clear()
 
 
-def settings_with(settings, adapter=None, clients=4, **training):
-    whole = {"lr_scheduler_type": "linear", "learning_rate": 2e-3, "max_steps": 4, "weight_decay": 0.1, **training}
-    return {
-        **settings,
-        "partition": {"name": "dirichlet", "clients": clients, "alpha": 1.0, "min_examples": 1},
-        "adapter": {**settings["adapter"], **(adapter or {})},
-        "training": {**settings["training"], **whole},
-    }
-
-
 def build(settings, adapter=None, clients=4, **training):
     config = Config.from_dict(settings_with(settings, adapter, clients, **training))
     return config, assemble(config)
-
-
-def no_dropout(parts):
-    for module in parts.adapted.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
 
 
 def jobs_of(parts, trains=lambda name: True, ranks=None, round=2):
@@ -66,23 +50,6 @@ def jobs_of(parts, trains=lambda name: True, ranks=None, round=2):
         names = tuple(name for name in parts.adapted.trained if trains(name))
         jobs.append(Job(client, round, start, names, node.train))
     return jobs
-
-
-def farthest(left, right):
-    """The largest difference of any number of any client."""
-    assert [type(trained) for trained in left] == [type(trained) for trained in right]
-    assert all(a.steps == b.steps and list(a.arrays) == list(b.arrays) for a, b in zip(left, right, strict=True))
-    assert all(a.arrays[name].shape == b.arrays[name].shape for a, b in zip(left, right, strict=True) for name in a.arrays)
-    losses = [abs(a.loss - b.loss) for a, b in zip(left, right, strict=True)]
-    return max([float(np.abs(a.arrays[n] - b.arrays[n]).max()) for a, b in zip(left, right, strict=True) for n in a.arrays] + losses)
-
-
-def moved(jobs, ended):
-    return min(float(np.abs(end.arrays[name] - job.start[name]).max()) for job, end in zip(jobs, ended, strict=True) for name in end.arrays)
-
-
-def said(caplog):
-    return [record.getMessage() for record in caplog.records if record.name == many.__name__]
 
 
 def both(config, parts, jobs, caplog):
@@ -254,7 +221,7 @@ def test_out_of_memory_halves_the_cohort(tiny_settings, caplog, monkeypatch):
     config, parts = build(tiny_settings, clients=6)
     jobs = jobs_of(parts)
     expected = one.train(parts.adapted, parts.task, config, jobs)
-    run, sizes = many.CohortTraining.run, []
+    run, sizes = cohort.CohortTraining.run, []
 
     def small(training):
         sizes.append(len(training.jobs))
@@ -262,7 +229,7 @@ def test_out_of_memory_halves_the_cohort(tiny_settings, caplog, monkeypatch):
             raise torch.cuda.OutOfMemoryError("out of memory")
         return run(training)
 
-    monkeypatch.setattr(many.CohortTraining, "run", small)
+    monkeypatch.setattr(cohort.CohortTraining, "run", small)
     assert farthest(expected, many.train(parts.adapted, parts.task, config, jobs)) < CLOSE
     assert sizes == [6, 3, 3]
     assert len(said(caplog)) == 1 and "out of GPU memory with 6 clients" in said(caplog)[0]
@@ -347,11 +314,15 @@ def test_the_rounds_of_a_run_say_that_its_engine_fell_back(tiny_settings, tmp_pa
     assert record["report"]["clients_fell_back"] == 1.0
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "ffa_lora", "lora_fair", "fedsmooth_lora", "ro_lora", "flora"])
+STRATEGIES = ["fedavg", "ffa_lora", "lora_fair", "fedsmooth_lora", "ro_lora", "flora", "scaffold", "fedprox", "fedsa_lora", "het_lora"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_whole_runs_agree(strategy, tiny_settings, tmp_path):
     ended = {}
     for engine in ("one", "many"):
-        settings = settings_with(tiny_settings, engine=engine, max_steps=2)
+        own = {"optimizer": "sgd", "learning_rate": 0.1} if strategy == "scaffold" else {}
+        settings = settings_with(tiny_settings, engine=engine, max_steps=2, **own)
         settings["strategy"] = {"name": strategy, "num_rounds": 2}
         ended[engine] = simulate(Config.from_dict(settings), tmp_path / engine)
     left, right = (as_products(ended[engine].arrays) for engine in ("one", "many"))
@@ -369,7 +340,7 @@ def as_products(arrays):
     return found
 
 
-SCALINGS, SHIFTS = many.CohortTraining._scalings, many.CohortTraining._shifts
+SCALINGS, SHIFTS = seating.scalings, seating.shifts
 SEATS, ADAMW = Pass.seats, StackedAdamW.step
 
 
@@ -387,17 +358,17 @@ def drawn_again(masks, question, shape, keep):
 
 
 ERRORS = {  # one of each kind that training many clients together invites
-    "scaling dropped": (many.CohortTraining, "_scalings", lambda self: {k: torch.ones_like(s) for k, s in SCALINGS(self).items()}),
-    "scaling of another": (many.CohortTraining, "_scalings", lambda self: {k: s[:1].expand_as(s) for k, s in SCALINGS(self).items()}),
-    "clipped together": (many, "_clip", clipped_together),
+    "scaling dropped": (seating, "scalings", lambda *given: {k: torch.ones_like(s) for k, s in SCALINGS(*given).items()}),
+    "scaling of another": (seating, "scalings", lambda *given: {k: s[:1].expand_as(s) for k, s in SCALINGS(*given).items()}),
+    "clipped together": (cohort, "_clip", clipped_together),
     "decayed twice": (StackedAdamW, "step", decayed_twice),
     "rates of another": (StackedAdamW, "step", lambda self, v, g, r: ADAMW(self, v, g, r[:1].expand_as(r))),
-    "rates of another round": (many, "rates", lambda config, examples, round: rates(config, examples, 1)),
+    "rates of another round": (cohort, "rates", lambda config, examples, round: rates(config, examples, 1)),
     "mean over the wrong records": (Pass, "shares", lambda self: self.of_rows([1.0 / len(part.batch.rows) for part in self.parts])),
     "adapter of the neighbour": (Pass, "seats", lambda self: [max(0, seat - 1) for seat in SEATS(self)]),
-    "one generator for all": (many, "dropout_seed", lambda config, job: 0),
+    "one generator for all": (cohort, "dropout_seed", lambda config, job: 0),
     "masks in the order of passes": (Masks, "get", drawn_again),
-    "backbones forgotten": (many.CohortTraining, "_shifts", lambda self, own, module: [0 * side for side in SHIFTS(self, own, module)]),
+    "backbones forgotten": (seating, "shifts", lambda *given: [0 * side for side in SHIFTS(*given)]),
     "pulled to zero": (torch.Tensor, "clone", lambda values: torch.zeros_like(values)),
 }
 

@@ -72,19 +72,16 @@ def client():
 def server():
     from fedpeft import durable
     from fedpeft.server import checkpoint, rounds
+    from fedpeft.server.exchange import Exchange
     from fedpeft.strategies.strategy import Strategy
 
-    exchange, write, apply, wait = rounds.exchange, durable.write, Strategy.apply, rounds._wait_for
+    look, write, apply, wait = Exchange._look, durable.write, Strategy.apply, rounds._wait_for
     now = [0]
 
-    def dying_exchange(grid, assignments, *more):
-        now[0] = assignments[0].round
-        pull = grid.pull_messages
-        grid.pull_messages = lambda ids: (die("asking", now[0]), pull(ids))[1]
-        try:
-            return exchange(grid, assignments, *more)
-        finally:
-            grid.pull_messages = pull
+    def dying_look(self, ends):
+        now[0] = self.assignments[0].round
+        die("asking", now[0])
+        look(self, ends)
 
     def dying_apply(self, *arguments):
         die("aggregating", now[0])
@@ -102,7 +99,7 @@ def server():
         die("waiting", now[0] + 1)
         return wait(federation)
 
-    rounds.exchange, durable.write, Strategy.apply, rounds._wait_for = dying_exchange, dying_write, dying_apply, dying_wait
+    Exchange._look, durable.write, Strategy.apply, rounds._wait_for = dying_look, dying_write, dying_apply, dying_wait
     checkpoint.durable.write = dying_write
 
 

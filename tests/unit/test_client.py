@@ -9,7 +9,8 @@ import yaml
 from flwr.app import Message
 
 from fedpeft import Config, UserError, flower_private, wire
-from fedpeft.client.memory import Folder, Memory, State
+from fedpeft.client.history import State
+from fedpeft.client.memory import Folder, Memory
 from fedpeft.client.own_file import agree, load
 from fedpeft.client.resident import Resident
 from fedpeft.records import Assignment, Failure, Update
@@ -68,6 +69,59 @@ def test_what_goes_beyond_the_limits_is_refused_with_its_reason(change, says, ow
         asked["config"][section] = {**asked["config"][section], **keys} if section != "strategy" else keys
     with pytest.raises(UserError, match=says):
         agree(load(own_file), asked)
+
+
+PRIVATE = {"unit": "example", "target_epsilon": 2.5}
+
+
+def asked_with(settings, privacy):
+    training = {**settings["training"], "head_init": "random"}
+    return said({**settings, "strategy": {"name": "fedavg", "num_rounds": 4}, "training": training, "privacy": privacy})
+
+
+@pytest.fixture
+def demanding(own_file):
+    def write(**least):
+        given = yaml.safe_load(own_file.read_text())
+        given["limits"]["privacy"] = {"max_epsilon": 3, **least}
+        own_file.write_text(yaml.safe_dump(given))
+        return load(own_file)
+
+    return write
+
+
+def test_a_task_that_is_private_enough_is_agreed_to(demanding, settings):
+    assert agree(demanding(), asked_with(settings, PRIVATE)).config.privacy.target_epsilon == 2.5
+    noisy = agree(demanding(), asked_with(settings, {"noise_multiplier": 8.0})).config.privacy
+    assert (noisy.noise_multiplier, noisy.target_epsilon) == (8.0, 3.0), "rounds that are played again end at the limit"
+    assert agree(demanding(unit="client", max_epsilon=9), asked_with(settings, {"unit": "client", "target_epsilon": 8})).config.privacy
+
+
+@pytest.mark.parametrize(
+    ("least", "privacy", "says"),
+    [
+        ({}, None, r"^limits\.privacy: the server wants to train without differential privacy; allowed: epsilon 3 at most$"),
+        ({}, {"target_epsilon": 4}, r"^limits\.privacy\.max_epsilon: 4 rounds would cost epsilon 3\.9\d*; allowed: at most 3$"),
+        ({}, {"noise_multiplier": 0.0}, r"max_epsilon: 4 rounds would cost epsilon inf"),
+        ({}, {"noise_multiplier": 0.7}, r"max_epsilon: 4 rounds would cost epsilon \d"),
+        ({}, {**PRIVATE, "target_delta": 1e-3}, r"^limits\.privacy\.max_delta: the server wants delta 0\.001; allowed: at most 1e-05$"),
+        ({}, {"unit": "client", "target_epsilon": 1}, r"^limits\.privacy\.unit: the server protects each client; allowed: each example$"),
+        ({"unit": "client"}, PRIVATE, r"^limits\.privacy\.unit: the server protects each example; allowed: each client$"),
+        ({"unit": "client"}, {"unit": "client", "noise_multiplier": 1.0}, r"max_epsilon: 4 rounds would cost epsilon"),
+        ({}, {**PRIVATE, "insecure_seed": 1}, r"the server wants seeded noise"),
+    ],
+)
+def test_less_privacy_than_the_client_asks_for_is_refused_in_one_line(least, privacy, says, demanding, settings):
+    with pytest.raises(UserError, match=says) as caught:
+        agree(demanding(**least), asked_with(settings, privacy))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_least_privacy_is_checked_like_the_rest_of_the_file(demanding):
+    with pytest.raises(UserError, match=r"limits\.privacy\.max_epsilno .*allowed: max_epsilon, max_delta, unit"):
+        demanding(max_epsilno=1)
+    with pytest.raises(UserError, match=r"limits\.privacy\.max_delta .*less than 1"):
+        demanding(max_delta=2)
 
 
 def test_labels_that_the_task_does_not_have_are_refused(own_file, settings):
@@ -202,9 +256,9 @@ def test_a_torn_memory_is_passed_over(tmp_path):
     assert len(files) == 3
     files[-1].write_bytes(files[-1].read_bytes()[:-3])
     again = Memory(folder, "run1")
-    assert again.before(6).memory["x"][0] == 4
-    assert again.before(4).memory["x"][0] == 3
-    assert again.before(3) == State()
+    assert again.rounds.before(6).memory["x"][0] == 4
+    assert again.rounds.before(4).memory["x"][0] == 3
+    assert again.rounds.before(3) == State()
 
 
 def test_two_processes_do_not_share_a_memory(tmp_path):

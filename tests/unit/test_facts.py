@@ -37,7 +37,16 @@ def test_bytes_are_those_of_the_papers(name):
 
 def test_the_list_prints_every_fact():
     lines = "\n".join(describe("strategies"))
-    for said in ("sends: core", "0.5 up, 0.5 down", "mixed ranks: yes", "stateful clients: yes", "secure aggregation: no", "exact: yes"):
+    for said in (
+        "sends: core",
+        "0.5 up, 0.5 down",
+        "mixed ranks: yes",
+        "stateful clients: yes",
+        "secure aggregation: no",
+        "the server keeps: sums",
+        "the server keeps: every update",
+        "exact: yes",
+    ):
         assert said in lines
     assert lines.count("noise in training protects uploads") == len(TABLES["strategy"])
 

@@ -12,7 +12,7 @@ from fedpeft.flower_link import NodeFacts, public_key_bytes
 from fedpeft.records import Assignment, Failure, Update
 from fedpeft.screen import Plain
 from fedpeft.server import exchange as exchanging
-from fedpeft.server.exchange import exchange
+from fedpeft.server.exchange import Exchange
 from fedpeft.server.roster import Roster
 
 GONE = 5
@@ -142,7 +142,7 @@ def test_a_second_answer_and_a_stray_one_are_not_counted(listed):
     def twice(assignment, message):
         return [update(assignment, message, 1.0), update(assignment, message, 2.0), update(assignment, stray, 3.0)]
 
-    traffic = exchange(there(Link(twice), listed), ASKED, NODES, "", 5.0)
+    traffic = Exchange(there(Link(twice), listed), ASKED, NODES, "", 5.0)
     values = [wire.message_to_answer(reply.message)[0].arrays["x"][0] for reply in traffic.replies]
     assert values == [1.0, 1.0]
 
@@ -155,7 +155,7 @@ def test_who_goes_and_comes_back_is_asked_again(listed):
         return [gone(message)] if seen.count(1) == 1 and assignment.client == 1 else [update(assignment, message)]
 
     times = iter([{0: 90}, {0: 90}, {0: 90, 1: 70}])
-    traffic = exchange(there(Link(answer), listed), ASKED, NODES, "", 5.0, lambda: next(times))
+    traffic = Exchange(there(Link(answer), listed), ASKED, NODES, "", 5.0, lambda: next(times))
     assert not any(reply.message.has_error() for reply in traffic.replies)
     assert seen == [0, 1, 1]
 
@@ -169,7 +169,7 @@ def test_whose_message_was_lost_while_nobody_looked_is_asked_again(listed):
         return [] if seen.count(1) == 1 and assignment.client == 1 else [update(assignment, message)]
 
     times = iter([{0: 90, 1: 70}, {0: 90}, {0: 90, 1: 70}])
-    traffic = exchange(there(Link(answer), listed), ASKED, NODES, "", 5.0, lambda: next(times))
+    traffic = Exchange(there(Link(answer), listed), ASKED, NODES, "", 5.0, lambda: next(times))
     assert not any(reply.message is None for reply in traffic.replies)
     assert seen == [0, 1, 1]
 
@@ -177,15 +177,16 @@ def test_whose_message_was_lost_while_nobody_looked_is_asked_again(listed):
 def test_who_goes_and_stays_away_holds_the_round_up_for_a_while_only(listed, monkeypatch):
     monkeypatch.setattr(exchanging, "RETURN_SECONDS", 0.3)
     link = there(Link(lambda assignment, message: [gone(message) if assignment.client else update(assignment, message)]), listed)
-    traffic = exchange(link, ASKED, NODES, "", 60.0, lambda: {0: 90})
-    assert [reply.message.has_error() for reply in traffic.replies] == [False, True]
-    assert traffic.replies[1].message.error.reason == "node_unavail"
+    traffic = Exchange(link, ASKED, NODES, "", 60.0, lambda: {0: 90})
+    replies = list(traffic.replies)
+    assert [reply.message.has_error() for reply in replies] == [False, True]
+    assert replies[1].message.error.reason == "node_unavail"
 
 
 def test_a_node_that_takes_no_message_has_not_answered(listed):
     link = there(Link(lambda assignment, message: [update(assignment, message)]), listed)
     link.facts["ben"] = facts(listed[1], 70, online=False)
-    traffic = exchange(link, ASKED, NODES, "", 5.0)
+    traffic = Exchange(link, ASKED, NODES, "", 5.0)
     assert [reply.message is None for reply in traffic.replies] == [False, True]
 
 

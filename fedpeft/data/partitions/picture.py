@@ -54,7 +54,12 @@ def draw(counts: NDArray[np.int64], label_names: Sequence[str], client_names: Se
         cells.vlines(np.arange(1, classes) - 0.5, -0.5, clients - 0.5, color="#e4e4e4", linewidth=0.5)
 
     sizes = counts.sum(axis=1)
-    bars.barh(np.arange(clients), sizes, height=1.0 if many else 0.75, color="#4a4a4a")
+    if many:  # one outline: thousands of bars take as many seconds to draw as the rest of a small run
+        edges = np.arange(clients + 1) - 0.5
+        bars.fill_betweenx(edges, 0, np.append(sizes, sizes[-1]), step="post", color="#4a4a4a", linewidth=0)
+        bars.set_ylim(clients - 0.5, -0.5)
+    else:
+        bars.barh(np.arange(clients), sizes, height=0.75, color="#4a4a4a")
     bars.set_xlabel("examples")
     bars.set_xlim(0, max(1, sizes.max()) * (1 if many else 1.35))
     bars.locator_params(axis="x", nbins=3, integer=True)
