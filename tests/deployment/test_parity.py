@@ -39,7 +39,7 @@ def test_a_deployment_ends_at_the_bits_of_the_simulation(strategy, three, deploy
 def test_a_deployment_of_engine_many_ends_where_the_simulation_does(strategy, three, deploy, tmp_path):
     """One client a process there, all of a cohort in one pass here: the same but for rounding."""
     settings = {**three, "strategy": {**three["strategy"], "name": strategy}}
-    settings["training"] = {**settings["training"], "engine": "many"}
+    settings["training"] = {**settings["training"], "engine": "many", "learning_rate": 2e-3}
     simulate(Config.from_dict(settings), tmp_path / "simulated")
     deployment = deploy(settings)
     server = deployment.server()
