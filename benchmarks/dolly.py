@@ -42,7 +42,7 @@ from fedpeft.training.job import Job, Trained  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
 ROUNDS, STEPS, BATCH, CLIENTS = 10, 4, 8, 8
-SEEDS, RATES = (0, 1, 2), (1e-2, 3e-2)
+SEEDS, RATES = (0, 1, 2), (3e-3, 1e-2)
 
 
 def config(data: pathlib.Path, seed: int, rate: float, split: str, **training: Any) -> Config:
@@ -75,7 +75,8 @@ def config(data: pathlib.Path, seed: int, rate: float, split: str, **training: A
 
 
 def federated(data: pathlib.Path, seed: int, rate: float, split: str, out: pathlib.Path) -> dict[str, Any]:
-    summary = simulate(config(data, seed, rate, split), out / f"{split}-{seed}-{rate}", resume=False).summary
+    folder = out / f"{split}-{seed}-{rate}"
+    summary = simulate(config(data, seed, rate, split), folder, resume=(folder / "config.yaml").is_file()).summary
     return {"perplexity": summary["metrics"]["perplexity"], "before": summary["initial"]["perplexity"]}
 
 

@@ -17,7 +17,6 @@ from fedpeft.sections import ModelSection, TrainingSection
 if TYPE_CHECKING:
     import torch
 
-KEPT_BY_PEFT = {"classifier", "score"}  # names that PEFT keeps with a classification adapter by itself
 SAMPLED = 4096  # values of each tensor that enter the fingerprint
 
 
@@ -29,7 +28,7 @@ class Base:
     tokenizer: Any  # or an image processor
     device: str
     fingerprint: str  # equal on two machines when their pretrained weights are
-    fresh: tuple[str, ...] = ()  # modules outside the classifier that no checkpoint had: drawn from the seed, trained and saved with it
+    fresh: tuple[str, ...] = ()  # modules that train whole and that PEFT has to be told of: drawn from the seed, or the task's head
 
 
 def minilm_folder() -> str:
@@ -101,7 +100,7 @@ def load(section: ModelSection, task: Any, label_count: int, training: TrainingS
             section,
             lambda place: task.model_class().from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **how),
         )
-    tokenizer = task.processor(lambda load: _hugging_face(section, load))
+    tokenizer = processor(section, task)
     if (pad := getattr(tokenizer, "pad_token_id", None)) is not None:
         if pad >= model.config.get_text_config().vocab_size:  # a token that was added to the tokenizer and not to the model
             tokenizer.pad_token = tokenizer.eos_token
@@ -109,9 +108,9 @@ def load(section: ModelSection, task: Any, label_count: int, training: TrainingS
     model.requires_grad_(False)
     if not section.dropout:
         _without_dropout(model)
-    new = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}  # the head of a checkpoint with other classes
+    new = {*found["missing_keys"], *_other_shapes(found["mismatched_keys"], model)}
     model = model if section.quantization else model.to(device)
-    return Base(model, tokenizer, device, fingerprint(model, new), _fresh(new))
+    return Base(model, tokenizer, device, fingerprint(model, new), _fresh(new, task, model))
 
 
 def _without_dropout(model: torch.nn.Module) -> None:
@@ -127,10 +126,26 @@ def _without_dropout(model: torch.nn.Module) -> None:
                     setattr(holder, name, 0.0)
 
 
-def _fresh(missing: Iterable[str]) -> tuple[str, ...]:
-    """The modules of missing parameters, without those that PEFT keeps with a classifier's adapter anyway."""
+def processor(section: ModelSection, task: Any) -> Any:
+    """The tokenizer or image processor that comes with the base. Raises UserError."""
+    return task.processor(lambda load: _hugging_face(section, load))
+
+
+def _other_shapes(mismatched: Iterable[tuple[Any, ...]], model: Any) -> list[str]:
+    """Tensors of the head whose shapes in the checkpoint are those of other classes. Raises UserError for any of the body."""
+    names = [str(name) for name, *_ in mismatched]
+    if body := [name for name in names if name.startswith(f"{model.base_model_prefix}.")]:
+        got = f"the checkpoint's {body[0]} has another shape than its config.json says"
+        raise UserError(Problem("model.name", got, do="take a checkpoint that is whole"))
+    return names
+
+
+def _fresh(missing: Iterable[str], task: Any, model: Any) -> tuple[str, ...]:
+    """The task's own head, and the modules of missing parameters outside of it and of what PEFT keeps anyway."""
+    head = task.own_head(model)
     modules = {name.rpartition(".")[0] for name in missing}
-    return tuple(sorted(module for module in modules if not KEPT_BY_PEFT & set(module.split("."))))
+    new = {module for module in modules if not task.kept_by_peft & set(module.split(".")) and module.split(".")[0] not in head}
+    return tuple(sorted({*head, *new}))
 
 
 def fingerprint(model: torch.nn.Module, missing: Iterable[str]) -> str:

@@ -80,6 +80,13 @@ def partition(given: argparse.Namespace) -> None:
         print(f"... and {len(rows) - len(kept)} more clients (--rows shows more)")
     for name, value in measures.items():
         print(f"{name}: {value:,.4f}" if isinstance(value, float) else f"{name}: {value:,}")
+    if given.examples:
+        from fedpeft.quiet import quiet_libraries
+        from fedpeft.simulations.examples import show
+
+        with quiet_libraries():
+            for line in show(config, split, given.examples):
+                print(line)
     if given.out:
         out = _folder(given.out)
         counts = partitions.label_counts(dealt, corpus.train)
@@ -261,6 +268,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     made["privacy"].add_argument("config", nargs="*", metavar="CONFIG key=value", help="a YAML file and overrides")
     made["partition"].add_argument("--out", metavar="DIR", help="write partition.png and partition.csv there")
+    made["partition"].add_argument(
+        "--examples", type=int, default=0, metavar="N", help="print N examples of the first client as the model sees them"
+    )
     made["partition"].add_argument("--rows", type=int, default=40, metavar="N", help="clients shown in the table (default: 40)")
     made["report"].add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     made["report"].add_argument("--out", metavar="DIR", help="where the comparison of several runs goes")

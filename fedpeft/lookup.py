@@ -88,6 +88,7 @@ TABLES: dict[str, dict[str, str]] = {
     "task": {
         "sequence-classification": "fedpeft.tasks.sequence_classification:SequenceClassification",
         "causal-lm": "fedpeft.tasks.causal_lm:CausalLM",
+        "image-classification": "fedpeft.tasks.image_classification:ImageClassification",
     },
     "chat_template": {
         "plain": "fedpeft.tasks.chat:plain",

@@ -85,6 +85,7 @@ class Columns(Section):
 
     text: str = Field("text", description="the text to classify")
     text_pair: str | None = Field(None, description="the second text of a pair")
+    image: str = Field("image", description="the picture: bytes, or the path of a file")
     prompt: str | None = Field("prompt", description="what is asked of a language model; null: it learns plain text")
     context: str | None = Field(None, description="what the prompt is about, set below it; may be empty")
     completion: str = Field("completion", description="what a language model should say")
@@ -175,7 +176,9 @@ class TrainingSection(Section):
         "class_statistics",
         description="the head before round 1: random, or from class statistics summed over the clients (where an example has one class)",
     )
-    engine: str = Field("one", description="one: a client at a time; many: many in one pass, with the same numbers")
+    engine: str = Field(
+        "many", description="many: many clients in one pass, each with the numbers it has alone but for rounding; one: a client at a time"
+    )
     clients_at_once: int | None = Field(None, ge=1, description="clients that engine many trains together; null: what memory_gb allows")
     memory_gb: float | None = Field(
         None, gt=0, description="memory that engine many plans for; null: a quarter of the machine's, or most of what is free on a GPU"

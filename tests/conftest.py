@@ -87,6 +87,7 @@ def tiny_settings(tiny_bert, topics_csv):
             "learning_rate": 1e-2,
             "lr_scheduler_type": "constant",
             "head_init": "random",
+            "engine": "one",  # what ends at the same bits whoever trains beside whom; tests of engine many say so
         },
     }
 
@@ -144,4 +145,69 @@ def tiny_lm_settings(tiny_llama, sums_jsonl):
         "adapter": {"name": "lora", "r": 4, "target_modules": "all-linear"},
         "strategy": {"num_rounds": 2},
         "training": {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant"},
+    }
+
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+
+
+def png(colour, noise):
+    """A picture of one colour, with noise."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.clip(np.array(colour) + np.random.default_rng(noise).normal(0, 20, (20, 24, 3)), 0, 255).astype(np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, format="PNG")
+    return out.getvalue()
+
+
+def pictures(count=48):
+    """Rows with bytes: three colours in two domains."""
+    names = list(COLOURS)
+    return [
+        {"image": {"bytes": png(COLOURS[names[n % 3]], n), "path": None}, "label": names[n % 3], "domain": "dark" if n % 2 else "light"}
+        for n in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def pictures_parquet(tmp_path_factory):
+    """The same rows as the Hub would keep them."""
+    import datasets
+
+    file = tmp_path_factory.mktemp("pictures") / "pictures.parquet"
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(COLOURS)), "domain": datasets.Value("string")}
+    datasets.Dataset.from_list(pictures(), features=datasets.Features(features)).to_parquet(file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory):
+    """A two-layer ViT with random weights and a head for ten other classes."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("tiny_vit")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=10, **sizes)).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_picture_settings(tiny_vit, pictures_parquet):
+    """Classes of pictures in a second: a client a domain."""
+    return {
+        "name": "tiny-pictures",
+        "model": {"name": str(tiny_vit), "task": "image-classification"},
+        "data": {"name": str(pictures_parquet), "test_fraction": 0.25},
+        "partition": {"name": "domain", "clients": 2},
+        "adapter": {"name": "lora", "r": 4, "target_modules": "all-linear"},
+        "strategy": {"num_rounds": 2},
+        "training": {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant"},
     }

@@ -148,6 +148,16 @@ def test_a_checkpoint_with_other_classes_gets_a_new_head(tiny_settings, tiny_ber
     assert parts.adapted.base.fingerprint == again.adapted.base.fingerprint
 
 
+def test_a_checkpoint_whose_body_has_another_shape_is_refused(tiny_settings, tiny_bert, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_bert, tmp_path / "base")
+    facts = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**facts, "intermediate_size": 48}))
+    with pytest.raises(UserError, match="has another shape than its config"):
+        assemble(Config.from_dict({**tiny_settings, "model": {"name": str(tmp_path / "base")}}))
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.25])
 def test_clients_json_says_what_each_holds_and_how_it_is_served(fraction, tiny_settings, tmp_path):
     settings = {**tiny_settings, "data": {**tiny_settings["data"], "validation_fraction": fraction}}

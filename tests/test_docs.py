@@ -36,6 +36,33 @@ def test_the_walk_through_runs_from_the_first_line_to_the_last(tmp_path):
     assert (tmp_path / "reviews-run-2" / "adapter" / "adapter_config.json").is_file()
 
 
+def comparison():
+    (block,) = [block for block in blocks("sh") if "mine.csv" in block]
+    return [line for line in block.splitlines() if line]
+
+
+def test_a_comparison_on_one_s_own_file_is_under_ten_commands():
+    assert comparison()[0].startswith("git clone")
+    assert len(comparison()) < 10
+    assert [line.split()[1] for line in comparison() if line.startswith("fedpeft ")] == ["partition", "simulate", "study"]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_comparison_run_as_they_stand(tmp_path):
+    """Those after the install, on a file of twenty rows, shortened to one seed and one round."""
+    commands = comparison()
+    rows = [f"{number} is {'a good' if number % 2 else 'no good'} film,{'ab'[number % 2]},{'xy'[number // 2 % 2]}" for number in range(20)]
+    (tmp_path / "mine.csv").write_text("body,topic,site\n" + "\n".join(rows) + "\n")
+    short = "strategy.num_rounds=1 training.max_steps=1 data.test_fraction=0.3"
+    shell = "\n".join(commands[commands.index("source .venv/bin/activate") + 1 :])
+    shell = shell.replace(" data.columns.client", f" {short} data.columns.client").replace("--seeds 3", "--seeds 1")
+    path = f"PATH={shlex.quote(str(pathlib.Path(sys.executable).parent))}:$PATH"
+    done = subprocess.run(["bash", "-euc", f"{path}\n{shell}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(name in done.stdout for name in ("fedavg", "ffa_lora", "lora_fair", "fedsmooth_lora"))
+    assert (tmp_path / "compared" / "study.png").is_file()
+
+
 def real_clients():
     (shell,) = [block for block in blocks("sh") if "fedpeft keys" in block]
     return shell
@@ -78,7 +105,7 @@ def test_every_command_has_help(name, capsys):
 
 
 def test_overrides_of_the_readme_are_keys():
-    for override in re.findall(r"\b([a-z_]+\.[a-z_]+=[\w.+-]+)", README):
+    for override in re.findall(r"(?<![\w.])((?:[a-z_]+\.)+[a-z_]+=[\w.+-]+)", README):
         Config.load(None, [override])
 
 

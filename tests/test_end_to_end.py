@@ -85,17 +85,19 @@ def test_the_adapter_folder_gives_the_runs_logits_in_a_fresh_process(tiny_config
     assert run.summary["metrics"]["accuracy"] == (theirs.argmax(axis=1) == parts.test.labels).mean()
 
 
-def test_equal_seeds_give_bit_identical_adapters_and_other_seeds_do_not(tiny_settings, tmp_path):
-    runs = [simulate(Config.from_dict({**tiny_settings, "seed": seed}), tmp_path / name) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+@pytest.mark.parametrize("engine", ["one", "many"])
+def test_equal_seeds_give_bit_identical_adapters_and_other_seeds_do_not(engine, tiny_settings, tmp_path):
+    settings = {**tiny_settings, "training": {**tiny_settings["training"], "engine": engine}}
+    runs = [simulate(Config.from_dict({**settings, "seed": seed}), tmp_path / name) for name, seed in (("a", 1), ("b", 1), ("c", 2))]
     digests = [digest(run.arrays) for run in runs]
     assert digests[0] == digests[1] != digests[2]
 
 
-@pytest.mark.parametrize("victim_round", [0, 7, 23])
-def test_a_run_killed_in_any_round_resumes_to_the_same_bits(tiny_settings, tmp_path, victim_round):
+@pytest.mark.parametrize(("victim_round", "engine"), [(0, "one"), (7, "many"), (23, "one")])
+def test_a_run_killed_in_any_round_resumes_to_the_same_bits(tiny_settings, tmp_path, victim_round, engine):
     settings = {**tiny_settings, "strategy": {"num_rounds": 40, "fraction_train": 0.5}}
     settings["adapter"] = {**settings["adapter"], "lora_dropout": 0.1}
-    settings["training"] = {**settings["training"], "head_init": "class_statistics", "learning_rate": 1e-4}
+    settings["training"] = {**settings["training"], "head_init": "class_statistics", "learning_rate": 1e-4, "engine": engine}
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(settings))
     straight = simulate(Config.load(config), tmp_path / "straight")

@@ -329,3 +329,17 @@ def test_a_real_model_learns_real_instructions(real_data, tmp_path):
     run = simulate(Config.from_dict(settings), tmp_path / "run")
     assert run.summary["metrics"]["perplexity"] < 0.8 * run.summary["initial"]["perplexity"]
     assert json.loads((tmp_path / "run" / "clients.json").read_text())["open_qa"]["measured_on"] == "test"
+
+
+def test_examples_can_be_looked_at_before_anything_is_trained(tiny_lm_settings, tmp_path, capsys):
+    """Decoded, the trained tokens marked, the padding said; nothing of the model but its tokenizer is read."""
+    import yaml
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**tiny_lm_settings, "seed": 3}))
+    assert main(["partition", str(tmp_path / "config.yaml"), "--examples", "40"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    lines = [(line, said[place + 1]) for place, line in enumerate(said) if line.startswith("client minus, row")]
+    assert len(lines) == 24
+    longest = "10 tokens, 6 of them train, no padding"
+    assert any(facts.endswith(longest) and text.strip() == r"'<s>0-1\n⟦is -1</s>⟧'" for facts, text in lines)
+    assert any(facts.endswith("9 tokens, 5 of them train, 1 of padding on the right") for facts, _ in lines)

@@ -28,6 +28,7 @@ class Encoded:
     label_count: int
     truncated: int = 0  # examples that lost their end to max_length
     left_out: Mapping[int, str] = field(default_factory=dict)  # rows that cannot be used, each with the reason
+    patches: int = 0  # tokens that every example becomes, where they are no words
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -35,7 +36,7 @@ class Encoded:
     def take(self, rows: Indices) -> Encoded:
         """The examples at `rows`, in that order, without those that are left out; tensors are shared, not copied."""
         kept = np.array([row for row in rows if row not in self.left_out], dtype=np.int64) if self.left_out else rows
-        return Encoded([self.inputs[row] for row in kept], self.labels[kept], self.label_count)
+        return Encoded([self.inputs[row] for row in kept], self.labels[kept], self.label_count, patches=self.patches)
 
     def usable(self) -> Encoded:
         """The examples that are not left out, in order."""
@@ -43,7 +44,7 @@ class Encoded:
 
     def length(self, row: int) -> int:
         """Tokens of one example: what it takes of a pass."""
-        return len(self.inputs[row][TOKENS])
+        return self.patches or len(self.inputs[row][TOKENS])
 
     def batch(self, rows: Indices, tokenizer: Any, device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Inputs and labels, [batch, time] padded to the longest row on the tokenizer's side where they are tokens."""
@@ -80,15 +81,16 @@ def padded(rows: Sequence[NDArray[Any]], value: int, side: str) -> NDArray[Any]:
 
 def joined(parts: Sequence[Encoded]) -> Encoded:
     """The examples of all parts, one part after another."""
-    return Encoded([row for part in parts for row in part.inputs], np.concatenate([part.labels for part in parts]), parts[0].label_count)
+    inputs, labels = [row for part in parts for row in part.inputs], np.concatenate([part.labels for part in parts])
+    return Encoded(inputs, labels, parts[0].label_count, patches=parts[0].patches)
 
 
 def digest(parts: Sequence[Encoded]) -> str:
-    """16 hex digits that are equal when tokens and labels are, part by part."""
+    """16 hex digits that are equal when tokens or pictures, and labels, are, part by part."""
     sha = hashlib.sha256()
     for part in parts:
         for label in part.labels if part.labels.dtype == object else [part.labels]:
             sha.update(label.tobytes() + b"|")
         for row in part.inputs:
-            sha.update(row[TOKENS].tobytes() + b"|")
+            sha.update(next(iter(row.values())).tobytes() + b"|")
     return sha.hexdigest()[:16]

@@ -16,6 +16,7 @@ from typing import IO, Annotated, Any
 
 from pydantic import Field
 
+from fedpeft.data import pictures
 from fedpeft.errors import Problem, UserError
 from fedpeft.quiet import quiet_libraries
 
@@ -66,6 +67,8 @@ def _read_folder(folder: pathlib.Path, test: str | None) -> Splits:
         inside = folder / test
         test = str(inside) if not pathlib.Path(test).exists() and inside.exists() else test
         training = [file for file in training if file.resolve() != pathlib.Path(test).resolve()]
+    if not files and pictures.holds_pictures(folder):
+        return pictures.read_folder(folder)
     if not training:
         raise UserError(Problem("data.name", f"the folder {folder} holds no training file", ALLOWED))
     rows = [row for file in training for row in _read_file(file)]
@@ -130,7 +133,26 @@ def _read_parquet(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     import datasets
 
     # Streaming leaves no copy in a cache folder, and so can never serve an old one.
-    yield from datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+    found = _undecoded(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True))
+    yield from (_named(row, found.features or {}) for row in found)
+
+
+def _undecoded(found: Any) -> Any:
+    """Pictures stay bytes: a broken one is a row's affair, and not the file's."""
+    import datasets
+
+    for column, feature in (found.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            found = found.cast_column(column, datasets.Image(decode=False))
+    return found
+
+
+def _named(row: dict[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
+    """Classes by name, where the data set keeps numbers beside the names."""
+    import datasets
+
+    named = {column: feature for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
+    return row | {column: feature.int2str(row[column]) if row[column] >= 0 else None for column, feature in named.items()}
 
 
 READERS: dict[str, Callable[[pathlib.Path], Iterator[dict[str, Any]]]] = {
@@ -166,10 +188,5 @@ def _read_hub(name: str, subset: str | None, train: str, test: str | None) -> Sp
     missing = [split for split in wanted.values() if split not in found]
     if missing:
         raise UserError(Problem("data.name", f'"{name}" has no split {", ".join(missing)}', ", ".join(found)))
-    rows = {role: list(found[split]) for role, split in wanted.items()}
-    for role, split in wanted.items():  # the Hub stores classes as numbers beside their names
-        for column, feature in found[split].features.items():
-            if isinstance(feature, datasets.ClassLabel):
-                for row in rows[role]:
-                    row[column] = feature.int2str(row[column]) if row[column] >= 0 else None
-    return rows
+    parts = {role: _undecoded(found[split]) for role, split in wanted.items()}
+    return {role: [_named(row, part.features) for row in part] for role, part in parts.items()}

@@ -40,10 +40,13 @@ def clipping(rows: Mapping[str, Any], C: Any) -> tuple[Any, dict[str, Any]]:
     import torch
 
     flat = {name: row.reshape(len(row), -1) for name, row in rows.items()}
-    squares = torch.stack([row.double().square().sum(dim=1) for row in flat.values()]).sum(dim=0)  # [batch]
-    norms = squares.sqrt()
+    norms = torch.stack([torch.linalg.vector_norm(row, dim=1).double() for row in flat.values()]).square().sum(dim=0).sqrt()  # [batch]
+    if not torch.isfinite(norms).all():  # a number is not finite, or too large for float32 when squared
+        norms = torch.stack([row.double().square().sum(dim=1) for row in flat.values()]).sum(dim=0).sqrt()
     factors = torch.where(torch.isfinite(norms), (C / norms.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0), 0.0)
     whole = torch.isfinite(factors * norms)[:, None]
+    if whole.all():
+        return factors, flat
     return factors, {name: torch.where(whole & torch.isfinite(row), row, 0.0) for name, row in flat.items()}
 
 

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from fedpeft import seeds
 
+AT_ONCE = 8192  # numbers, whose uniform ones stay in a processor's cache
+
 
 class Noise(Protocol):
     """A source of uniform numbers in (0, 1)."""
@@ -55,10 +57,19 @@ class Insecure:
 
 
 def gaussian(source: Noise, count: int) -> NDArray[np.float64]:
-    """`count` independent N(0, 1): the sum of four Box-Muller Gaussians, halved."""
-    u = source.uniform(4 * count).reshape(2, 2, count)
-    radius, angle = np.sqrt(-2 * np.log(u[0])), 2 * np.pi * u[1]
-    whole: NDArray[np.float64] = (radius * np.cos(angle) + radius * np.sin(angle)).sum(axis=0) / 2
+    """`count` independent N(0, 1): the sum of four Box-Muller Gaussians, halved.
+
+    A pair R cos(t) + R sin(t) with R = sqrt(-2 log u) is sqrt(2) R cos(t - pi / 4), and t is uniform: the halved sum of two
+    pairs is sqrt(-log u) cos(t) + sqrt(-log u') cos(t'), of the same four uniform numbers. Torch has the faster cosine.
+    """
+    import torch
+
+    whole = np.empty(count)
+    for first in range(0, count, AT_ONCE):
+        n = min(AT_ONCE, count - first)
+        u = torch.from_numpy(source.uniform(4 * n)).reshape(2, 2, n)
+        terms = u[0].log().neg_().sqrt_().mul_((u[1] * (2 * np.pi)).cos_())
+        whole[first : first + n] = (terms[0] + terms[1]).numpy()
     return whole
 
 

@@ -8,6 +8,7 @@ Before round 1 the clients may be surveyed (`training.head_init`), and the model
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,8 @@ from fedpeft import arrays as arithmetic
 from fedpeft import wire
 from fedpeft.errors import Problem, RunStopped, UserError
 from fedpeft.privacy.guard import SPENT
-from fedpeft.records import Arrays, Assignment, Metrics, RoundRecord, Update
+from fedpeft.products import Product
+from fedpeft.records import MERGED, Arrays, Assignment, Metrics, RoundRecord, Update
 from fedpeft.screen import Screen
 from fedpeft.server import checkpoint, sampling
 from fedpeft.server.asking import Judged, assign, judge
@@ -153,7 +155,7 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
         outcome.state = state if private is None else state | private.state
         outcome.arrays = federation.settle(applied)
         said = combined.report
-        moved = arithmetic.norm(arithmetic.difference({name: outcome.arrays[name] for name in received}, received))
+        moved = _moved(received, outcome.arrays)
     combining = time.perf_counter() - started - answered.seconds
     metrics = federation.evaluate(outcome.arrays) if moved else outcome.records[-1].metrics
     if federation.ranks:
@@ -195,6 +197,14 @@ def _combine_together(
     if len(updates) < federation.fewest:
         return None, judged
     return federation.strategy.combine(updates, {**received, **question}, at), judged
+
+
+def _moved(before: Arrays, after: Arrays) -> float:
+    """Euclidean norm of the move of the global state: of its tensors, and of what was newly merged into the backbone."""
+    tensors = arithmetic.norm(arithmetic.difference({name: after[name] for name in before}, before))
+    lefts = [name for name in after if name not in before and name.startswith(MERGED) and name.endswith(".left")]
+    merged = [Product.of(after[left], after[left.removesuffix("left") + "right"]).norm() for left in lefts]
+    return math.hypot(tensors, *merged)
 
 
 def _ask_again(

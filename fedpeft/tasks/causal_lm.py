@@ -6,6 +6,7 @@ over its trained tokens, so that a record counts the same whatever its length an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,7 +21,7 @@ from fedpeft.records import Metrics
 from fedpeft.sections import Columns, DataSection
 from fedpeft.tasks import generation, next_token, packing
 from fedpeft.tasks.chat import Turns, rendered, turns
-from fedpeft.tasks.task import Task
+from fedpeft.tasks.task import Task, padding, pads_of
 
 if TYPE_CHECKING:
     import torch
@@ -106,8 +107,6 @@ class CausalLM(Task):
         tokenizer = base.tokenizer
         if "completion" not in examples.columns or "prompt" in examples.columns:
             _check_template(tokenizer)
-        if self.packing:
-            packing.check(base)
         inputs, labels, left_out, cut = [], np.empty(len(examples), dtype=object), {}, 0
         for row in range(len(examples)):
             text, spans = self._text(turns(examples, row, self.system), tokenizer)
@@ -132,7 +131,10 @@ class CausalLM(Task):
 
     def arrange(self, data: Encoded, base: Base, settings: DataSection) -> Encoded:
         """With packing, the client's records in as few rows of `max_length` as come; else as they are."""
-        return packing.packed(data, settings.max_length) if self.packing else data
+        if not self.packing:
+            return data
+        packing.check(base)
+        return packing.packed(data, settings.max_length)
 
     def losses(self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """The mean cross-entropy of each record's trained tokens, [batch]; of a packed row, of all that its records train."""
@@ -149,6 +151,16 @@ class CausalLM(Task):
         """Over all trained tokens: mean loss, its exponential, and the share that is the likeliest next token."""
         loss, right, tokens = outputs.astype(np.float64).sum(axis=0)
         return {"perplexity": float(np.exp(loss / tokens)), "token_accuracy": float(right / tokens), "loss": float(loss / tokens)}
+
+    def tell(self, inputs: dict[str, np.ndarray[Any, Any]], label: Any, names: tuple[str, ...], base: Base) -> tuple[str, str]:
+        """What trains stands between \u27e6 and \u27e7."""
+        before, behind = pads_of(inputs)
+        ids, trained = inputs["input_ids"], label != UNTRAINED
+        ends = [before, *(np.flatnonzero(np.diff(trained[before : len(ids) - behind])) + 1 + before), len(ids) - behind]
+        whole = [base.tokenizer.decode(ids[before:end]) for end in ends]
+        pieces = [text[len(start) :] for start, text in itertools.pairwise(whole)]
+        marked = [f"\u27e6{piece}\u27e7" if trained[first] else piece for first, piece in zip(ends, pieces, strict=False)]
+        return f"{len(ids) - before - behind} tokens, {trained.sum()} of them train, {padding((before, behind))}", repr("".join(marked))
 
     def show(self, adapted: Adapted, examples: Examples, data: DataSection) -> list[dict[str, Any]]:
         """Completions of `samples` prompts, evenly spaced over `examples`, beside what should be said, each scored."""

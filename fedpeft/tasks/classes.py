@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     import torch
 
 
+def named(label_count: int) -> dict[str, dict[Any, Any]]:
+    """What a model's config is told of so many classes, whatever a checkpoint says of its own: their number, by names."""
+    names = {code: f"LABEL_{code}" for code in range(label_count)}
+    return {"id2label": names, "label2id": {name: code for code, name in names.items()}}
+
+
 def targets(examples: Examples) -> NDArray[Any]:
     """What the model is to say: [examples] of int64, or [examples, classes] of float32."""
     if examples.label_sets is not None:
@@ -35,7 +41,8 @@ def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def metrics(logits: NDArray[Any], labels: NDArray[Any]) -> Metrics:
-    """Accuracy, macro-F1, Matthews' coefficient and mean loss; a class is predicted by the largest logit.
+    """Accuracy, macro-F1, Matthews' coefficient and mean loss; a class is predicted by the largest logit. Of two classes also F1 of
+    the second.
 
     With any number of classes a record, each is predicted by a logit above 0; accuracy counts records that are right in every
     class, F1 and Matthews' coefficient are means over classes, and micro-F1 is over all decisions.
@@ -53,6 +60,7 @@ def _single(logits: NDArray[Any], labels: NDArray[Any]) -> Metrics:
         "macro_f1": float(np.mean([_f1(predicted == code, labels == code) for code in occurring])),
         "matthews": matthews(predicted, labels),
         "loss": float(-log_probability[np.arange(len(labels)), labels].mean()),
+        **({"f1": _f1(predicted == 1, labels == 1)} if logits.shape[1] == 2 else {}),
     }
 
 
@@ -70,7 +78,8 @@ def _sets(logits: NDArray[Any], labels: NDArray[Any]) -> Metrics:
 
 
 def _f1(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
-    return 2 * float((predicted & truth).sum()) / float(predicted.sum() + truth.sum())
+    """2 x both / (predicted + true); 0 where there is neither."""
+    return 2 * float((predicted & truth).sum()) / max(1.0, float(predicted.sum() + truth.sum()))
 
 
 def matthews(predicted: NDArray[Any], labels: NDArray[Any]) -> float:

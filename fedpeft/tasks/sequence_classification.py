@@ -24,6 +24,7 @@ class SequenceClassification(Task):
     """Classes of a text or a pair of texts, read from the logits of `AutoModelForSequenceClassification`."""
 
     peft_task: ClassVar[str] = "SEQ_CLS"  # makes PEFT keep the classification head beside the adapter
+    kept_by_peft: ClassVar[frozenset[str]] = frozenset({"classifier", "score"})
 
     multi_label: bool = Field(False, description="a text may have any number of classes: a list, or names between label_delimiter")
     label_delimiter: str = Field(",", min_length=1, description="what stands between the classes of a cell, with multi_label")
@@ -57,7 +58,7 @@ class SequenceClassification(Task):
 
     def model_settings(self, label_count: int) -> dict[str, Any]:
         """As many outputs as classes; the problem type is for whoever loads the exported model."""
-        return {"num_labels": label_count} | ({"problem_type": "multi_label_classification"} if self.multi_label else {})
+        return classes.named(label_count) | ({"problem_type": "multi_label_classification"} if self.multi_label else {})
 
     def encode(self, examples: Examples, base: Base, data: DataSection) -> Encoded:
         """Tokenise once. Of a text longer than `max_length` tokens the end is cut; of a pair, the end of the longer one, so that both stay.

@@ -8,6 +8,7 @@ Who asks it what, in the order of a run:
     client/node.py                arrange                    what a client trains on of them
     training/one.py, many.py      losses                     [batch]: records are not coupled, so their gradients may be clipped apart
     training/evaluate.py          outputs, measure           numbers of every record, and the metrics of all
+    simulations/examples.py       tell                       what `fedpeft partition --examples` prints
     server/samples.py             show                       what the model says before and after the run
 """
 
@@ -17,6 +18,8 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.examples import Examples
 from fedpeft.errors import Problem, UserError
@@ -25,7 +28,6 @@ from fedpeft.records import Metrics
 from fedpeft.sections import Columns, DataSection
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from fedpeft.adapters.adapted import Adapted
@@ -36,6 +38,7 @@ class Task(Settings):
     """Settings of one task; its fields are keys of the config's `model` section."""
 
     peft_task: ClassVar[str | None] = None  # PEFT's name of the task
+    kept_by_peft: ClassVar[frozenset[str]] = frozenset()  # modules of the head that PEFT keeps with an adapter for that task
     needs_labels: ClassVar[bool] = True  # every row has its class; else the label column only serves partitioners
     may_be_empty: ClassVar[frozenset[str]] = frozenset()  # roles whose cells may hold nothing
 
@@ -100,6 +103,10 @@ class Task(Settings):
         tokenizer.padding_side = "right"
         return tokenizer
 
+    def own_head(self, model: Any) -> tuple[str, ...]:
+        """Modules of the head that train whole and that PEFT has to be told of."""
+        return ()
+
     @abstractmethod
     def encode(self, examples: Examples, base: Base, data: DataSection) -> Encoded:
         """All examples as tensors. Those that cannot be used stand in `left_out` of what comes back, with the reason."""
@@ -120,9 +127,28 @@ class Task(Settings):
     def measure(self, outputs: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Metrics:
         """The metrics, from what `outputs` gave for all records [records, numbers] and their labels."""
 
+    def tell(self, inputs: dict[str, np.ndarray[Any, Any]], label: Any, names: tuple[str, ...], base: Base) -> tuple[str, str]:
+        """Of one row of a batch, its facts in a line, and the row itself as a person can read it."""
+        ids, pads = inputs["input_ids"], pads_of(inputs)
+        kept = ids[pads[0] : len(ids) - pads[1]]
+        said = ", ".join(names[code] for code in np.flatnonzero(label)) if np.ndim(label) else names[int(label)]
+        return f"{len(kept)} tokens, {padding(pads)}; trains: {said or 'no class'}", repr(base.tokenizer.decode(kept))
+
     def show(self, adapted: Adapted, examples: Examples, data: DataSection) -> list[dict[str, Any]]:
         """What the model makes of some test examples, for people to read: lines of samples.jsonl, whose numbers are scores."""
         return []
+
+
+def pads_of(inputs: dict[str, np.ndarray[Any, Any]]) -> tuple[int, int]:
+    """Padding before and behind the tokens of a row."""
+    there = np.flatnonzero(inputs["attention_mask"])
+    return int(there[0]), len(inputs["attention_mask"]) - 1 - int(there[-1])
+
+
+def padding(pads: tuple[int, int]) -> str:
+    """How a row was filled up, in words."""
+    said = [f"{count} of padding on the {side}" for count, side in zip(pads, ("left", "right"), strict=True) if count]
+    return " and ".join(said) or "no padding"
 
 
 def _short(cell: Any) -> str:

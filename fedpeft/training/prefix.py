@@ -7,7 +7,7 @@ code runs otherwise as it stands (embeddings, masks and rotations are made as al
 architecture whose layers are a numbered list.
 
 It is used where it changes nothing but rounding. Training with a dropout that is active below layer l is not; evaluation still
-is, since there no dropout is on. Before its first use with a new l the logits of two examples are compared with and without it.
+is, since there no dropout is on. Before its first use with a new l what comes out of two examples is compared with and without it.
 What does not fit into the bound is computed anew each time. States have the last bits of the batch that they were first
 computed in: a run that keeps them repeats, and is resumed, to rounding and not to the bit.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-APART = 1e-3  # logits with and without may differ by this share of the largest: more than rounding in bfloat16 is another model
+APART = 1e-3  # outputs with and without may differ by this share of the largest: more than rounding in bfloat16 is another model
 
 
 class _Reached(Exception):
@@ -48,8 +48,9 @@ class _Reached(Exception):
 class Prefix:
     """The kept states of one model. `ready` says what they are of, `serving` lets a call of the model use them."""
 
-    def __init__(self, adapted: Adapted, kind: str = "none", gigabytes: float = 0.0) -> None:
+    def __init__(self, adapted: Adapted, ask: Callable[..., Any] | None = None, kind: str = "none", gigabytes: float = 0.0) -> None:
         self.adapted = adapted
+        self._ask = ask  # (model, inputs, labels) -> [batch, numbers]: a task's call of the model, such as its `outputs`
         self._make = STORES[kind]
         self._bound = int(gigabytes * 1e9)
         self._store: Any = None
@@ -110,11 +111,12 @@ class Prefix:
 
         hook = self._layers[-1].register_forward_pre_hook(stop, with_kwargs=True)
         model, was = self.adapted.model, self.adapted.model.training
-        inputs, _ = data.batch(rows, self.adapted.base.tokenizer, self.adapted.base.device)
+        assert self._ask is not None
+        batch = data.batch(rows, self.adapted.base.tokenizer, self.adapted.base.device)
         model.train(train)
         try:
             with torch.no_grad():
-                model(**inputs)
+                self._ask(model, *batch)
         except _Reached as reached:
             return reached.hidden
         finally:
@@ -144,17 +146,18 @@ class Prefix:
                 layer.__dict__.pop("forward", None)
 
     def _obstacle(self, data: Encoded, rows: Indices) -> str | None:
-        """Why the layers cannot be left out; None when the model gives the same logits."""
+        """Why the layers cannot be left out; None when the model puts out the same."""
         import torch
 
+        assert self._ask is not None
         model, was = self.adapted.model, self.adapted.model.training
-        inputs, _ = data.batch(rows, self.adapted.base.tokenizer, self.adapted.base.device)
+        batch = data.batch(rows, self.adapted.base.tokenizer, self.adapted.base.device)
         outputs: list[Any] = []
         hook = self._layers[-2].register_forward_hook(lambda layer, given, output: outputs.append(output))
         model.eval()
         try:
             with torch.no_grad():
-                whole = model(**inputs).logits
+                whole = self._ask(model, *batch)
                 self._returns = len(outputs[0]) if isinstance(outputs[0], tuple) else 0
                 if self._returns and any(part is not None for part in outputs[0][1:]):
                     return "its layers give more than hidden states"
@@ -162,14 +165,11 @@ class Prefix:
                 hidden = self._computed(data, rows)
                 lengths = [len(data.inputs[row].get("input_ids", hidden[0])) for row in rows]
                 with self._skipping([states[:n] for states, n in zip(hidden.to("cpu"), lengths, strict=True)]):
-                    short = model(**inputs).logits
+                    short = self._ask(model, *batch)
         finally:
             hook.remove()
             model.train(was)
-        mask = inputs.get("attention_mask")
-        off = (whole - short).abs().float()
-        if mask is not None and off.dim() == 3 and off.shape[:2] == mask.shape:  # logits a token: those of padding mean nothing
-            off = off * mask[:, :, None]
+        off = (whole - short).abs()
         return None if float(off.max()) <= APART * float(whole.abs().max()) else "the model reads its lower layers elsewhere too"
 
     def _draws(self, data: Encoded, rows: Indices) -> bool:

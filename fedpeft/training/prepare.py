@@ -59,7 +59,7 @@ def prepare(config: Config, labels: int) -> Prepared:
     adapted = adapter.attach(loaded, task.peft_task, config.seed, train_head=config.training.head == "trained")
     strategy.check(adapted.layout())
     adapted.add_sparse(strategy.sparse(adapted.layout(), config.seed))
-    adapted.prefix = Prefix(adapted, config.training.prefix_cache, config.training.prefix_cache_gb)
+    adapted.prefix = Prefix(adapted, task.outputs, config.training.prefix_cache, config.training.prefix_cache_gb)
     surveys = {ADAPTER: adapter.survey()}
     if task.class_statistics:
         surveys = {config.training.head_init: find("head_init", config.training.head_init)(), **surveys}

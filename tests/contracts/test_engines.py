@@ -314,11 +314,15 @@ def test_the_rounds_of_a_run_say_that_its_engine_fell_back(tiny_settings, tmp_pa
     assert record["report"]["clients_fell_back"] == 1.0
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "ffa_lora", "lora_fair", "fedsmooth_lora", "ro_lora", "flora"])
+STRATEGIES = ["fedavg", "ffa_lora", "lora_fair", "fedsmooth_lora", "ro_lora", "flora", "scaffold", "fedprox", "fedsa_lora", "het_lora"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_whole_runs_agree(strategy, tiny_settings, tmp_path):
     ended = {}
     for engine in ("one", "many"):
-        settings = settings_with(tiny_settings, engine=engine, max_steps=2)
+        own = {"optimizer": "sgd", "learning_rate": 0.1} if strategy == "scaffold" else {}
+        settings = settings_with(tiny_settings, engine=engine, max_steps=2, **own)
         settings["strategy"] = {"name": strategy, "num_rounds": 2}
         ended[engine] = simulate(Config.from_dict(settings), tmp_path / engine)
     left, right = (as_products(ended[engine].arrays) for engine in ("one", "many"))

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_strategies import WRAPPERS, draw_case, product, relative
 
 from fedpeft import Config, UserError
 from fedpeft.adapters.ranks import Named, deal, highest
@@ -15,6 +14,8 @@ from fedpeft.products import Product
 from fedpeft.records import Update
 from fedpeft.strategies.fitting import fitted, raised
 from fedpeft.strategies.strategy import Round
+
+from .test_strategies import WRAPPERS, draw_case, product, relative
 
 ACCEPT = {"flora", "flex_lora", "het_lora", "fedex_lora"}
 EXACT = ["flora", "fedex_lora"]

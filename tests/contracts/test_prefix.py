@@ -11,6 +11,7 @@ import pytest
 from fedpeft import Config, simulate
 from fedpeft.simulations.assemble import assemble
 from fedpeft.training import evaluate, many, one, prefix
+from fedpeft.training.job import Job
 from fedpeft.training.prefix import Prefix
 
 from .engines import ADAPTERS, CLOSE, farthest, jobs_with_rules, settings_with
@@ -108,7 +109,7 @@ def test_states_of_another_example_are_seen(tiny_settings, monkeypatch):
     jobs = jobs_with_rules(parts)
     expected = one.train(parts.adapted, parts.task, config, jobs)
     monkeypatch.setattr(prefix, "_key", lambda inputs: bytes(inputs["input_ids"].shape))
-    parts.adapted.prefix = Prefix(parts.adapted, "memory", 1.0)
+    parts.adapted.prefix = Prefix(parts.adapted, parts.task.outputs, "memory", 1.0)
     assert farthest(expected, many.train(parts.adapted, parts.task, config, jobs)) > 10 * CLOSE
 
 
@@ -138,3 +139,24 @@ def test_whole_runs_agree_where_the_lowest_layer_is_chosen_on_the_way(engine, ti
         np.testing.assert_allclose(array, ended["memory"].arrays[name], atol=CLOSE, err_msg=name)
     lines = [(tmp_path / kind / "rounds.jsonl").read_text().splitlines() for kind in ended]
     assert [json.loads(line)["metrics"] for line in lines[0]] == [pytest.approx(json.loads(line)["metrics"], abs=1e-4) for line in lines[1]]
+
+
+@pytest.mark.parametrize("engine", [one, many], ids=["one", "many"])
+@pytest.mark.parametrize("packing", [False, True], ids=["records", "packed rows"])
+def test_language_models_are_cut_as_their_task_asks_them(packing, engine, tiny_lm_settings):
+    """Packed rows have a mask and positions that the task makes."""
+    settings = {
+        **tiny_lm_settings,
+        "model": {**tiny_lm_settings["model"], "packing": packing, "dropout": False},
+        "data": {**tiny_lm_settings["data"], "max_length": 40 if packing else 24},
+        "adapter": {"name": "lora", "r": 4, "target_modules": r".*layers\.1\..*(q_proj|v_proj|down_proj)"},
+        "training": {**tiny_lm_settings["training"], "optimizer": "sgd", "learning_rate": 0.1, **CACHE},
+    }
+    parts = assemble(config := Config.from_dict(settings))
+    jobs = [Job(client, 1, parts.adapted.read(), parts.adapted.trained, node.train) for client, node in parts.worker.nodes.items()]
+    ended = engine.train(parts.adapted, parts.task, config, jobs)
+    cut = evaluate.evaluate(parts.adapted, parts.task, jobs[0].start, parts.test, 7)
+    assert parts.adapted.prefix._store._kept
+    parts.adapted.prefix = Prefix(parts.adapted)
+    assert farthest(engine.train(parts.adapted, parts.task, config, jobs), ended) < CLOSE
+    assert evaluate.evaluate(parts.adapted, parts.task, jobs[0].start, parts.test, 7) == pytest.approx(cut, rel=1e-5)

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from test_strategies import cases, draw_case, product, relative
 
 from fedpeft import Config, UserError, simulate
 from fedpeft.lookup import TABLES, find
@@ -21,6 +20,8 @@ from fedpeft.strategies.slora import Slora
 from fedpeft.strategies.strategy import Round, Turn
 from fedpeft.training import one
 from fedpeft.training.job import Job
+
+from .test_strategies import cases, draw_case, product, relative
 
 
 def no_gradients(arrays, batches):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -31,3 +32,27 @@ def test_a_deployment_ends_at_the_bits_of_the_simulation(strategy, three, deploy
         for key in ("asked", "accepted", "loss", "metrics", "examples", "update_norm", "client_update_norms"):
             assert there[key] == here[key], (there["round"], key)
     assert simulated.summary["metrics"] == deployment.summary()["metrics"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fedavg", "ffa_lora", "lora_fair", "fedsmooth_lora"])
+def test_a_deployment_of_engine_many_ends_where_the_simulation_does(strategy, three, deploy, tmp_path):
+    """One client a process there, all of a cohort in one pass here: the same but for rounding."""
+    settings = {**three, "strategy": {**three["strategy"], "name": strategy}}
+    settings["training"] = {**settings["training"], "head_init": "class_statistics", "engine": "many"}
+    simulate(Config.from_dict(settings), tmp_path / "simulated")
+    deployment = deploy(settings)
+    server = deployment.server()
+    clients = [deployment.client(name) for name in NAMES]
+    assert server.end() == 0, server.said
+    assert [client.end(20) for client in clients] == [0, 0, 0], [client.said for client in clients]
+    lines = [json.loads(line) for line in (tmp_path / "simulated" / "rounds.jsonl").read_text().splitlines()]
+    assert not any("clients_fell_back" in line["report"] for line in [*lines, *deployment.rounds()])
+    left, right = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (deployment.run, tmp_path / "simulated"))
+    assert left.keys() == right.keys()
+    pairs = [name for name in left if name.endswith("lora_A.weight")]
+    for name in left.keys() - {name for A in pairs for name in (A, A.replace("lora_A", "lora_B"))}:
+        np.testing.assert_allclose(left[name], right[name], atol=1e-5, err_msg=name)
+    for A in pairs:  # of factors that the export has refactored only the product is determined
+        B = A.replace("lora_A", "lora_B")
+        np.testing.assert_allclose(left[B] @ left[A], right[B] @ right[A], atol=1e-5, err_msg=A)
