@@ -241,4 +241,4 @@ def test_a_real_pair_task_is_learnt(real_data, tmp_path):
     run = simulate(Config.from_dict({**settings, "strategy": {"num_rounds": 3}}), tmp_path / "run")
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()][1:]
     assert losses[-1] < losses[0]
-    assert set(run.summary["metrics"]) == {"accuracy", "macro_f1", "matthews", "loss"}
+    assert {"accuracy", "macro_f1", "matthews", "loss"} <= set(run.summary["metrics"])

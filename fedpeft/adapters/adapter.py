@@ -132,7 +132,13 @@ class Adapter(Settings):
         from peft import get_peft_model
 
         with seeds.torch_seed(seeds.derive(seed, "adapter"), base.device):
-            model = get_peft_model(base.model, self.peft_config(peft_task, base.fresh), autocast_adapter_dtype=True)
+            try:
+                model = get_peft_model(base.model, self.peft_config(peft_task, base.fresh), autocast_adapter_dtype=True)
+            except (ValueError, NotImplementedError, TypeError) as error:  # what a skeleton does not show: layers that are quantised
+                if getattr(base.model.config, "quantization_config", None) is None:
+                    raise
+                got = f"PEFT cannot attach it to a quantised base ({str(error).splitlines()[0]})"
+                raise UserError(Problem("adapter.name", got, "lora", "or set model.quantization to null")) from error
             self.complete(model)
         adapted = Adapted(base, model, self, train_head)
         if bases := frozen.digest(model, tuple(adapted.parameters.values())):

@@ -86,7 +86,7 @@ def test_a_record_s_gradient_in_closed_form_is_that_of_the_record_alone(task, ta
     job = Job(0, 1, start, adapted.trained, data)
     adapted.model.eval()
     assert not private.uncovered(adapted.model, trained)
-    rows = private._rows(adapted, parts.task, job, np.arange(5), trained)
+    rows = private.rows(adapted, parts.task, job, np.arange(5), trained)
     for row in range(5):
         adapted.model.zero_grad()
         parts.task.losses(adapted.model, *data.batch(np.array([row]), adapted.base.tokenizer, "cpu")).sum().backward()
