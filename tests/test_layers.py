@@ -47,7 +47,7 @@ LAYERS = [
     {"base", "adapters", "tasks", "training"},
     {"client", "server"},
     {"simulations", "listing"},
-    {"cli", "__main__", "__init__"},
+    {"cli", "arguments", "__main__", "__init__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 FLOWER = {
