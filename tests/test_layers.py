@@ -112,7 +112,11 @@ def test_flower_is_imported_in_few_files():
 
 @pytest.mark.parametrize(
     "command",
-    ["import fedpeft", "import fedpeft.cli as cli; cli.parser(cli.COMMANDS).format_help()", "from fedpeft import Config; Config.load()"],
+    [
+        "import fedpeft",
+        "from fedpeft.cli import COMMANDS, parser; parser(COMMANDS).format_help()",
+        "from fedpeft import Config; Config.load()",
+    ],
 )
 def test_no_heavy_import_before_work(command):
     heavy = {"torch", "flwr", "transformers", "peft", "datasets", "matplotlib"}
