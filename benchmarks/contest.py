@@ -85,6 +85,11 @@ class Contest:
         self.works = [self.work(job) for job in self.jobs]
         self.tokens = sum(len(work.inputs[row]["input_ids"]) for work in self.works for rows in work.batches for row in rows)
 
+    @property
+    def flops(self) -> int:
+        """Of the floor: two for a multiplication and its sum."""
+        return 2 * self.tokens * sum(weight.numel() * (2 if backward else 1) for weight, backward in base_weights(self.adapted.base.model))
+
     def work(self, job: Job) -> Work:
         """The job, as somebody who does not know us would be given it."""
         training, steps = self.config.training, [part for (part,) in batches(self.config, job)]

@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="of the Llama's base")
     parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="of a client; by default two of 8 clients and one of more")
     parser.add_argument("--quick", action="store_true", help="one small case of each section")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "engine.json")
@@ -92,7 +93,7 @@ def main() -> None:
                 )
             for count, batch in cells:
                 dtype = given.dtype if section == "llama" else "float32"
-                case = Case(section, count, batch, STEPS.get(count, 1), False, base, str(given.data), given.device, dtype)
+                case = Case(section, count, batch, given.steps or STEPS.get(count, 1), False, base, str(given.data), given.device, dtype)
                 rows.append(measure(case, given.repetitions))
                 kept.put(section, rows)
             engine_table(rows)
@@ -148,6 +149,7 @@ def measure(case: Case, repetitions: int) -> dict[str, Any]:
     return {
         **{key: getattr(case, key) for key in ("clients", "batch", "steps", "dropout", "device", "dtype")},
         "tokens": contest.tokens,
+        "floor_flops": contest.flops,
         "wall_seconds": {name: statistics.median(taken) for name, taken in wall.items()},
         "cpu_seconds": {name: statistics.median(taken) for name, taken in cpu.items()},
         "peak_bytes": {name: in_a_process(peak_memory, name, case) for name in ("loop", "many")} if measured else None,

@@ -9,7 +9,8 @@ ChaCha20, and nothing else.
 
 Ratios are medians over repetitions of one turn of each, in CPU time (other work on the machine does not count) and wall time.
 Memory is the peak of what torch allocates within a turn, beyond the loaded model, plus the peak of NumPy's. Writes
-benchmarks/results/privacy.json.
+benchmarks/results/privacy.json row by row (not with --quick); the same command goes on where it was cut off, and a new start
+begins with that file's removal.
 """
 
 from __future__ import annotations
@@ -56,30 +57,35 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     steps, repetitions = (2, 3) if given.quick else (2, 5)
-    rows = []
-    for strategy in ("fedavg", "ffa_lora"):
-        for targets in TARGETS:
-            for batch in (8,) if given.quick else (8, 16, 32):
-                rows.append(
-                    {"strategy": strategy, "targets": targets, "batch": batch}
-                    | measure(given.data, strategy, targets, batch, steps, repetitions)
-                )
-                print(json.dumps(rows[-1]), flush=True)
-    facts = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
-        "steps": steps,
-        "repetitions": repetitions,
-        "quick": given.quick,
-        "target": TARGET,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "privacy.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    cases = [(strategy, targets, batch) for strategy in ("fedavg", "ffa_lora") for targets in TARGETS for batch in (8, 16, 32)]
+    path, rows = RESULTS / "privacy.json", []
+    if path.exists() and not given.quick:  # cut off before: the rows that are there stay
+        rows = json.loads(path.read_text())["rows"]
+    done = {(row["strategy"], row["targets"], row["batch"]) for row in rows}
+    for case in cases:
+        if case in done or (given.quick and case[2] > 8):
+            continue
+        row = dict(zip(("strategy", "targets", "batch"), case, strict=True)) | {"load": round(os.getloadavg()[0], 1)}
+        rows.append(row | measure(given.data, *case, steps, repetitions))
+        print(json.dumps(rows[-1]), flush=True)
+        if not given.quick:
+            RESULTS.mkdir(exist_ok=True)
+            path.write_text(json.dumps({**facts(steps, repetitions), "rows": rows}, indent=1) + "\n")
     print("\n| strategy | adapted | batch | plain ms a step | CPU time | wall time | memory |\n|---|---|---|---|---|---|---|")
     for row in rows:
         ratios = " | ".join(f"{row[key]:.3f}" for key in ("cpu_ratio", "wall_ratio", "memory_ratio"))
         print(f"| {row['strategy']} | {row['targets']} | {row['batch']} | {row['plain_cpu_ms']:.0f} | {ratios} |")
+
+
+def facts(steps: int, repetitions: int) -> dict[str, Any]:
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        "steps": steps,
+        "repetitions": repetitions,
+        "target": TARGET,
+    }
 
 
 def measure(data: pathlib.Path, strategy: str, targets: str, batch: int, steps: int, repetitions: int) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
     python benchmarks/scale.py [--quick] [--registered N]
 
-A two-layer BERT of width 32 (MiniLM's tokenizer), four made-up sentences a client, fedavg with LoRA of rank 4 and a trained
-head, engine `many`, three rounds of two steps. Each row is a process of its own: seconds are those of the rounds, memory is
+A two-layer BERT of width 32 (MiniLM's tokenizer), four made-up sentences a client, fedavg with LoRA of rank 4 and a head that
+starts at random, engine `many`, three rounds of two steps. Each row is a process of its own: seconds are those of the rounds, memory is
 the resident size once the federation is loaded and the most it came to beyond that. `aggregation` is the most that Python
 held for the updates of a round, by tracemalloc, where 1,000 made-up adapters of MiniLM's shape are combined, in adapters.
 Writes benchmarks/results/scale.json.
@@ -58,6 +58,8 @@ def main() -> None:
     part = 10 if given.quick else 1
     registered = given.registered or 10_000 // part
     sizes = [(registered, asked // part) for asked in (100, 250, 500, 1000)] + [(registered // 10, 100 // part)]
+    held = {name: in_a_process(aggregation, name, 1000 // part) for name in AGGREGATED}
+    print(json.dumps(held), flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         place = pathlib.Path(folder)
@@ -65,8 +67,6 @@ def main() -> None:
         for clients, asked in sizes:
             rows.append(in_a_process(play, place, clients, asked))
             print(json.dumps(rows[-1]), flush=True)
-    held = {name: in_a_process(aggregation, name, 1000 // part) for name in AGGREGATED}
-    print(json.dumps(held), flush=True)
     facts = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
@@ -76,18 +76,17 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "scale.json").write_text(json.dumps({**facts, "rows": rows, "aggregation": held}, indent=1) + "\n")
     table(rows)
+    print("\nadapters held while 1,000 are combined: " + ", ".join(f"{name} {peak:.2f}" for name, peak in held.items()))
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    print(
-        "\n| registered | asked a round | seconds a round | ms a client | loaded MB | beyond that MB | kB a client asked |\n"
-        + "|---" * 7
-        + "|"
-    )
+    columns = ["registered", "asked a round", "seconds a round", "ms a client", "CPU ms a client", "loaded MB", "beyond that MB"]
+    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for row in rows:
         seconds, beyond = row["seconds_a_round"], row["peak_bytes"] - row["loaded_bytes"]
-        figures = [f"{seconds:.2f}", f"{1000 * seconds / row['asked']:.2f}", f"{row['loaded_bytes'] / 1e6:.0f}", f"{beyond / 1e6:.0f}"]
-        print("| " + " | ".join([f"{row['registered']:,}", f"{row['asked']:,}", *figures, f"{beyond / 1e3 / row['asked']:.0f}"]) + " |")
+        each = [f"{1000 * spent / row['asked']:.2f}" for spent in (seconds, row["cpu_seconds_a_round"])]
+        cells = [f"{row['registered']:,}", f"{row['asked']:,}", f"{seconds:.2f}", *each, f"{row['loaded_bytes'] / 1e6:.0f}"]
+        print("| " + " | ".join([*cells, f"{beyond / 1e6:.0f}"]) + " |")
 
 
 def write_model(folder: pathlib.Path) -> None:
@@ -119,7 +118,13 @@ def play(place: pathlib.Path, clients: int, asked: int) -> dict[str, Any]:
             "partition": {"name": "iid", "clients": clients},
             "adapter": {"name": "lora", "r": 4, "target_modules": ["query", "value"]},
             "strategy": {"num_rounds": ROUNDS, "fraction_train": asked / clients},
-            "training": {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "engine": "many"},
+            "training": {
+                "engine": "many",
+                "max_steps": STEPS,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 1e-2,
+                "head_init": "random",
+            },
         }
     )
     screen = Watching()

@@ -7,10 +7,11 @@ import os
 import pathlib
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedpeft import environment
+from fedpeft.arguments import Command, parser
 from fedpeft.errors import FedpeftError, Problem, RunStopped, UserError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0 done, 1 stopped, 2 bad input, 130 interrupted."""
     environment.prepare()
-    given = _parser().parse_args(arguments)
+    given = parser(COMMANDS).parse_args(arguments)
     try:
         return int(given.command(given) or 0)
     except FedpeftError as error:
@@ -223,7 +224,7 @@ def doctor(given: argparse.Namespace) -> None:
         print(line)
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+COMMANDS: dict[str, Command] = {
     "simulate": simulate,
     "study": study,
     "partition": partition,
@@ -235,66 +236,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "list": list_names,
     "doctor": doctor,
 }
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fedpeft", description="Federated fine-tuning of Hugging Face models with LoRA-family adapters.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    made = {}
-    for name, command in COMMANDS.items():
-        made[name] = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
-        made[name].set_defaults(command=command)
-    for name in ("simulate", "study", "partition", "server"):
-        made[name].add_argument(
-            "config", nargs="*", metavar="CONFIG key=value", help="a YAML file and overrides; without a file: the quickstart"
-        )
-    made["simulate"].add_argument("--out", metavar="DIR", help="the run folder (default: runs/NAME)")
-    made["simulate"].add_argument("--resume", action="store_true", help="continue the run in --out after its last whole round")
-    made["simulate"].add_argument("--json", action="store_true", help="one JSON object a line instead of a progress bar")
-    made["study"].add_argument(
-        "--vary", action="append", default=[], metavar="KEY=A,B", help="settings to compare; given again: every combination"
-    )
-    made["study"].add_argument(
-        "--tune", action="append", default=[], metavar="KEY=X,Y", help="settings to pick for each combination, on a validation split"
-    )
-    made["study"].add_argument("--seeds", type=int, default=3, metavar="N", help="seeds of each combination (default: 3)")
-    made["study"].add_argument("--out", required=True, metavar="DIR", help="the study's folder; the same command goes on with it")
-    made["study"].add_argument("--target", type=float, metavar="X", help="show rounds and bytes until the metric first reaches X")
-    made["study"].add_argument("--json", action="store_true", help="one JSON object a line instead of progress bars")
-    made["privacy"].add_argument(
-        "what",
-        choices=["plan", "audit"],
-        help="plan: sigma, steps and epsilon of every client; audit: checks, and a lower bound on epsilon",
-    )
-    made["privacy"].add_argument("config", nargs="*", metavar="CONFIG key=value", help="a YAML file and overrides")
-    made["partition"].add_argument("--out", metavar="DIR", help="write partition.png and partition.csv there")
-    made["partition"].add_argument(
-        "--examples", type=int, default=0, metavar="N", help="print N examples of the first client as the model sees them"
-    )
-    made["partition"].add_argument("--rows", type=int, default=40, metavar="N", help="clients shown in the table (default: 40)")
-    made["report"].add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    made["report"].add_argument("--out", metavar="DIR", help="where the comparison of several runs goes")
-    made["keys"].add_argument("folder", metavar="DIR", help="where they go; what is there already stays as it is")
-    made["keys"].add_argument(
-        "--server", required=True, metavar="NAME,...", help="host names or addresses that clients reach the server by"
-    )
-    made["keys"].add_argument("--clients", required=True, metavar="A,B,...", help="a name for each client")
-    made["server"].add_argument("--address", required=True, metavar="HOST:PORT", help="where clients connect")
-    made["server"].add_argument("--keys", required=True, metavar="DIR", help="the folder that fedpeft keys made")
-    made["server"].add_argument("--out", required=True, metavar="DIR", help="the run folder")
-    made["server"].add_argument("--resume", action="store_true", help="continue the run in --out; start it where there is none yet")
-    made["client"].add_argument("--server", required=True, metavar="HOST:PORT", help="where the server is")
-    made["client"].add_argument("--keys", required=True, metavar="DIR/NAME", help="this client's own folder, as fedpeft keys made it")
-    made["client"].add_argument(
-        "--data", required=True, metavar="FILE", help="a YAML file: where your data lies, and the limits of what you do"
-    )
-    made["client"].add_argument("--state", metavar="DIR", help="what the client remembers between rounds (default: state in --keys)")
-    for name in ("server", "client"):
-        made[name].add_argument("--insecure", action="store_true", help="no encryption: for trials on one machine only")
-        made[name].add_argument("--health", metavar="HOST:PORT", help="answer GET /health there, in JSON")
-        made[name].add_argument("--json", action="store_true", help="one JSON object a line, for programs")
-    made["list"].add_argument("kind", nargs="?", default="kinds", help='such as "strategy"; "config" lists every key')
-    return parser
 
 
 def _config_and_overrides(words: Sequence[str]) -> tuple[str | None, list[str]]:

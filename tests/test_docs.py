@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from fedpeft import Config
-from fedpeft.cli import COMMANDS, _parser
+from fedpeft.arguments import parser
+from fedpeft.cli import COMMANDS
 from fedpeft.lookup import TABLES
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -70,7 +71,7 @@ def real_clients():
 
 def test_the_commands_of_real_clients_are_understood():
     lines = [line.removesuffix(" &") for line in real_clients().splitlines() if line.startswith("fedpeft ")]
-    given = [_parser().parse_args(shlex.split(line)[1:]) for line in lines]
+    given = [parser(COMMANDS).parse_args(shlex.split(line)[1:]) for line in lines]
     assert [one.command.__name__ for one in given] == ["keys", "server", "client", "client", "client"]
 
 
@@ -99,7 +100,7 @@ def test_every_command_of_the_readme_is_one():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as ended:
-        _parser().parse_args([name, "--help"])
+        parser(COMMANDS).parse_args([name, "--help"])
     assert ended.value.code == 0
     assert len(capsys.readouterr().out.splitlines()) > 3
 

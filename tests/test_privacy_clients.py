@@ -134,6 +134,17 @@ def test_a_round_that_is_played_again_is_charged_again(settings, tmp_path):
     assert after["epsilon"] > before
 
 
+@pytest.mark.parametrize("unit", ["client", "example"])
+@pytest.mark.parametrize("loss", ["the last line", "the file"])
+def test_a_ledger_that_lost_its_end_is_refused_on_resume(loss, unit, settings, tmp_path):
+    privacy = {**settings["privacy"], "unit": unit}
+    run(settings, tmp_path / "run", privacy=privacy)
+    for path in (tmp_path / "run" / "ledger").iterdir():
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1])) if loss == "the last line" else path.unlink()
+    with pytest.raises(UserError, match=r"--resume: the ledgers add up to epsilon .*, and round 3 had reached .*: they have lost lines"):
+        simulate(Config.from_dict({**settings, "privacy": privacy}), tmp_path / "run", resume=True)
+
+
 def test_a_target_is_kept_and_a_spent_budget_ends_the_run(settings, tmp_path):
     result, _ = run(settings, tmp_path / "target", privacy={"unit": "client", "target_epsilon": 3.0})
     assert 0.98 * 3.0 < result.summary["privacy"]["epsilon"] <= 3.0

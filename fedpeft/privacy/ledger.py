@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 
+from fedpeft import durable
 from fedpeft.errors import Problem, UserError
 from fedpeft.privacy.accounting import History, Release
 
@@ -56,10 +57,14 @@ class Ledger:
         entry = {"prev": self.hash, "round": round, "sigma": release.sigma, "q": release.q, "steps": release.steps}
         line = json.dumps(entry).encode() + b"\n"
         if self.path is not None:
+            new = not self.path.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
+            if new:  # its name has to last too
+                durable.sync(self.path.parent)
+                durable.sync(self.path.parent.parent)
         self.history = (*self.history, release)
         self.hash = hashlib.sha256(line).hexdigest()

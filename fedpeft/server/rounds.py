@@ -78,8 +78,18 @@ def _resumed(federation: Federation, folder: RunFolder) -> Outcome | None:
         raise UserError(
             Problem("--resume", f"{folder.rounds} has lost rounds: {len(records)} of {kept.round + 1} are there", do="start a new run")
         )
+    _check_ledgers(federation, records)
     federation.restore(kept.clients)
     return Outcome(kept.arrays, kept.strategy, records)
+
+
+def _check_ledgers(federation: Federation, records: Sequence[RoundRecord]) -> None:
+    """A ledger that lost its end, or itself, follows from nothing wrong; but the rounds on record have cost more than it says."""
+    stated = max((record.epsilon for record in records if record.epsilon is not None), default=0.0)
+    spent = (federation.privacy() or {}).get("epsilon_if_noise_were_secret")
+    if spent is not None and spent < stated * (1 - 1e-9):
+        got = f"the ledgers add up to epsilon {spent:.4g}, and round {records[-1].round} had reached {stated:.4g}: they have lost lines"
+        raise UserError(Problem("--resume", got, do="put the folder ledger back as it was; without it no epsilon can be stated"))
 
 
 def _finish_round(federation: Federation, outcome: Outcome, record: RoundRecord, folder: RunFolder, screen: Screen) -> None:

@@ -58,9 +58,12 @@ class LocalGrid(Grid):
         """Deliver messages; all of them are answered when this returns. Returns their ids."""
         sent = [flower_private.stamp(message) for message in messages]
         arrived = [flower_private.from_bytes(flower_private.to_bytes(message)) for message in sent]
-        for reply in answers(self.worker, arrived):
+        for reply in self._answer(arrived):
             self._replies[reply.metadata.reply_to_message_id] = reply
         return [message.metadata.message_id for message in sent]
+
+    def _answer(self, messages: Sequence[Message]) -> list[Message]:
+        return answers(self.worker, messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies to the messages with these ids."""

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from fedpeft.addresses import free_port
-from fedpeft.cli import _parser
+from fedpeft.arguments import parser
+from fedpeft.cli import COMMANDS
 from fedpeft.keys import make
 
 from .conftest import NAMES
@@ -34,7 +35,7 @@ def mounts(service):
 @pytest.mark.parametrize("name", SERVICES)
 def test_every_command_is_one_of_ours_with_files_that_are_mounted(name):
     service = SERVICES[name]
-    given = _parser().parse_args(service["command"])
+    given = parser(COMMANDS).parse_args(service["command"])
     paths = [word for word in service["command"] if word.startswith("/")]
     for path in paths:
         assert any(path == place or path.startswith(f"{place}/") for place in mounts(service)), path

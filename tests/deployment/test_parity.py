@@ -37,9 +37,10 @@ def test_a_deployment_ends_at_the_bits_of_the_simulation(strategy, three, deploy
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fedavg", "ffa_lora", "lora_fair", "fedsmooth_lora"])
 def test_a_deployment_of_engine_many_ends_where_the_simulation_does(strategy, three, deploy, tmp_path):
-    """One client a process there, all of a cohort in one pass here: the same but for rounding."""
+    """One client a process there, all of a cohort in one pass here: the same but for rounding, which AdamW would blow up where
+    a gradient is next to zero (FedSmoothLoRA: 1.3e-5 after six steps)."""
     settings = {**three, "strategy": {**three["strategy"], "name": strategy}}
-    settings["training"] = {**settings["training"], "head_init": "class_statistics", "engine": "many"}
+    settings["training"] = {**settings["training"], "engine": "many", "optimizer": "sgd", "learning_rate": 0.1}
     simulate(Config.from_dict(settings), tmp_path / "simulated")
     deployment = deploy(settings)
     server = deployment.server()

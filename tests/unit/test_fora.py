@@ -162,7 +162,7 @@ def test_scores_are_the_dense_ones_and_pool_exactly(fora_settings):
         data = parts.worker.nodes[k].train
         for row in range(len(data)):
             inputs, labels = data.batch(np.array([row]), adapted.base.tokenizer, "cpu")
-            gradients = torch.autograd.grad(task.loss(adapted.model(**inputs).logits, labels).sum(), [p for some in weights for p in some])
+            gradients = torch.autograd.grad(task.losses(adapted.model, inputs, labels).sum(), [p for some in weights for p in some])
             squares = [float(g.square().sum()) for g in gradients]
             wanted += [sum(squares[: len(weights[0])]), sum(squares[len(weights[0]) :])]
             count += 1
