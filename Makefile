@@ -12,10 +12,10 @@ quickstart: install  ## the main job on the embedded default: real weights, real
 	$(BIN)/fedpeft simulate
 
 test: install  ## the tests that fit into a coffee break
-	$(BIN)/python -m pytest -q -m "not slow and not soak"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not soak"
 
 test-all: install  ## and those that take longer
-	$(BIN)/python -m pytest -q -m "not soak"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not soak"
 
 soak: install  ## a hundred kills at random moments (SOAK_KILLS=N, SOAK_SEED=N): no run may be lost
 	$(BIN)/python -m pytest -q -s -m soak

@@ -11,7 +11,7 @@ from fedpeft import environment, flower_private, wire
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "fedpeft"
 PRIVATE = {"flower_private.py", "flower_fleet.py", "flower_link.py"}
-PUBLIC = {"flwr.app", "flwr.serverapp", "flwr.serverapp.strategy"}
+PUBLIC = {"flwr.app", "flwr.serverapp", "flwr.serverapp.strategy", "flwr.clientapp"}
 
 
 def flower_modules(path):
@@ -50,7 +50,7 @@ def test_there_is_one_poll_interval():
     """Both sides look for messages as often as wire.py says; nobody else sleeps on a number of its own while a run goes on."""
     assert wire.POLL_SECONDS == 0.2
     users = {path.name for path in PACKAGE.rglob("*.py") if "POLL_SECONDS" in path.read_text()}
-    assert users == {"wire.py", "exchange.py", "rounds.py", "deployment.py", "participation.py", "flower_app.py"}
+    assert users == {"wire.py", "exchange.py", "rounds.py", "deployment.py", "participation.py", "flower_app.py", "ray_grid.py"}
 
 
 def test_a_message_survives_its_bytes():
