@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--model", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/pacs"))
-    parser.add_argument("--rates", nargs="*", default=["2e-3"], help="one for all, or several to pick from")
+    parser.add_argument("--rates", nargs="*", default=["5e-3"], help="one for all, or several to pick from")
     parser.add_argument("--splits", nargs="+", choices=list(SPLITS), default=list(SPLITS))
     given = parser.parse_args()
     told = [f"model.name={given.model}", f"data.name={given.data / 'pacs_2k'}"]
