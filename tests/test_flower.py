@@ -48,13 +48,16 @@ class AppGrid(Grid):
     def get_node_ids(self):
         return list(range(1, CLIENTS + 1))
 
+    def context(self, node):
+        return Context(run_id=1, node_id=node, node_config={}, state=RecordDict(), run_config={})
+
     def push_messages(self, messages):
         ids = []
         for message in map(flower_private.stamp, messages):
             self.sent.append(message)
             arrived = flower_private.from_bytes(flower_private.to_bytes(message))
-            context = Context(run_id=1, node_id=message.metadata.dst_node_id, node_config={}, state=RecordDict(), run_config={})
-            self.replies[message.metadata.message_id] = flower_private.stamp(self.app(message=arrived, context=context))
+            reply = flower_private.stamp(self.app(message=arrived, context=self.context(message.metadata.dst_node_id)))
+            self.replies[message.metadata.message_id] = flower_private.from_bytes(flower_private.to_bytes(reply))
             ids.append(message.metadata.message_id)
         return ids
 

@@ -11,10 +11,10 @@ import time
 import pytest
 import yaml
 from flwr.app import Context, RecordDict
-from flwr.serverapp import Grid
 from safetensors.numpy import load_file
+from test_flower import AppGrid
 
-from fedpeft import Config, RunStopped, UserError, flower_private, simulate
+from fedpeft import Config, RunStopped, UserError, simulate
 from fedpeft.addresses import LOOPBACK, free_port
 from fedpeft.arrays import digest
 
@@ -22,43 +22,20 @@ APP = pathlib.Path(__file__).parent.parent / "flower-app"
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
-class Apps(Grid):
+class Apps(AppGrid):
     """The ClientApp at nodes with contexts of their own, as SuperNodes have."""
 
     def __init__(self, partitions):
-        flower_private.take_identity(1)
+        from fedpeft.simulations.flower_app import client
+
+        super().__init__(client)
         self.contexts = {100 + n: Context(1, 100 + n, given, RecordDict(), {}) for n, given in enumerate(partitions)}
-        self.replies = {}
 
     def get_node_ids(self):
         return list(self.contexts)
 
-    def push_messages(self, messages):
-        from fedpeft.simulations.flower_app import client
-
-        ids = []
-        for message in map(flower_private.stamp, messages):
-            arrived = flower_private.from_bytes(flower_private.to_bytes(message))
-            reply = flower_private.stamp(client(arrived, self.contexts[message.metadata.dst_node_id]))
-            self.replies[message.metadata.message_id] = flower_private.from_bytes(flower_private.to_bytes(reply))
-            ids.append(message.metadata.message_id)
-        return ids
-
-    def pull_messages(self, message_ids):
-        return [self.replies.pop(i) for i in list(message_ids) if i in self.replies]
-
-    def send_and_receive(self, messages, *, timeout=None):
-        return self.pull_messages(self.push_messages(messages))
-
-    def create_message(self, *arguments):
-        raise AssertionError("deprecated in Flower, and not used")
-
-    def set_run(self, run):
-        raise AssertionError("Flower's to call")
-
-    @property
-    def run(self):
-        return None
+    def context(self, node):
+        return self.contexts[node]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What tasks with classes share: targets, losses and metrics of logits [records, classes].
+"""What tasks with classes share: targets, losses and metrics of the logits [records, classes] of one output a class.
 
 Targets are one class a record [records], or 0 and 1 for every class [records, classes] where a record has any number.
 """
@@ -12,9 +12,27 @@ from numpy.typing import NDArray
 
 from fedpeft.data.examples import Examples
 from fedpeft.records import Metrics
+from fedpeft.tasks.task import Task
 
 if TYPE_CHECKING:
     import torch
+
+
+class OfClasses(Task):
+    """A task whose model puts out a logit a class."""
+
+    def losses(self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of each record, [batch]; with several classes, the mean over all classes of their binary cross-entropies."""
+        return losses(model(**inputs).logits, labels)
+
+    def outputs(self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """Logits, [batch, classes]."""
+        logits: torch.Tensor = model(**inputs).logits
+        return logits
+
+    def measure(self, outputs: NDArray[Any], labels: NDArray[Any]) -> Metrics:
+        """From logits [records, classes]: see `metrics`."""
+        return metrics(outputs, labels)
 
 
 def named(label_count: int) -> dict[str, dict[Any, Any]]:

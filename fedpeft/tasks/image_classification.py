@@ -10,20 +10,16 @@ import numpy as np
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.examples import Examples
 from fedpeft.data.pictures import is_picture, opened
-from fedpeft.records import Metrics
 from fedpeft.sections import Columns, DataSection
 from fedpeft.tasks import classes
-from fedpeft.tasks.task import Task
 
 if TYPE_CHECKING:
-    import torch
-
     from fedpeft.base import Base
 
 TOGETHER = 64  # pictures that are resized at a time
 
 
-class ImageClassification(Task):
+class ImageClassification(classes.OfClasses):
     """One class a picture, read from the logits of `AutoModelForImageClassification`."""
 
     @property
@@ -81,19 +77,6 @@ class ImageClassification(Task):
         pixels = inputs["pixel_values"]
         size = " x ".join(map(str, pixels.shape))
         return f"{size} numbers; trains: {names[int(label)]}", f"from {pixels.min():.2f} to {pixels.max():.2f}, mean {pixels.mean():.2f}"
-
-    def losses(self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of each picture, [batch]."""
-        return classes.losses(model(**inputs).logits, labels)
-
-    def outputs(self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        """Logits, [batch, classes]."""
-        logits: torch.Tensor = model(**inputs).logits
-        return logits
-
-    def measure(self, outputs: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Metrics:
-        """From logits [pictures, classes]: see `classes.metrics`."""
-        return classes.metrics(outputs, labels)
 
 
 def _patches(base: Base, picture: np.ndarray[Any, Any]) -> int:

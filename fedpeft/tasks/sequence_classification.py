@@ -9,18 +9,14 @@ from pydantic import Field
 
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.examples import Examples
-from fedpeft.records import Metrics
 from fedpeft.sections import Columns, DataSection
 from fedpeft.tasks import classes
-from fedpeft.tasks.task import Task
 
 if TYPE_CHECKING:
-    import torch
-
     from fedpeft.base import Base
 
 
-class SequenceClassification(Task):
+class SequenceClassification(classes.OfClasses):
     """Classes of a text or a pair of texts, read from the logits of `AutoModelForSequenceClassification`."""
 
     peft_task: ClassVar[str] = "SEQ_CLS"  # makes PEFT keep the classification head beside the adapter
@@ -80,16 +76,3 @@ class SequenceClassification(Task):
             truncated=cut,
             left_out={row: f"{texts[0][row]!r} gives no tokens" for row, found in enumerate(inputs) if not len(found["input_ids"])},
         )
-
-    def losses(self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of each text, [batch]; with several classes, the mean over all classes of their binary cross-entropies."""
-        return classes.losses(model(**inputs).logits, labels)
-
-    def outputs(self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        """Logits, [batch, classes]."""
-        logits: torch.Tensor = model(**inputs).logits
-        return logits
-
-    def measure(self, outputs: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> Metrics:
-        """From logits [texts, classes]: see `classes.metrics`."""
-        return classes.metrics(outputs, labels)
