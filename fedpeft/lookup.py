@@ -64,6 +64,8 @@ TABLES: dict[str, dict[str, str]] = {
         "unilora": "fedpeft.adapters.unilora:UniLora",
         "fourierft": "fedpeft.adapters.fourierft:FourierFt",
         "shira": "fedpeft.adapters.shira:Shira",
+        "c3a": "fedpeft.adapters.c3a:C3a",
+        "ln_tuning": "fedpeft.adapters.ln_tuning:LnTuning",
     },
     "init": {
         "kaiming": "fedpeft.adapters.inits:Init",

@@ -28,10 +28,11 @@ SETTINGS = {
     "randlora": {"r": 4},
     "fourierft": {"n_frequency": 50},
     "shira": {"r": 2},
+    "c3a": {"block_size": 8},
+    "ln_tuning": {"target_modules": ".*LayerNorm"},
 }
 OPTIONS = {
     "boft": {"boft_block_size": 8},
-    "c3a": {"block_size": 8},
     "ia3": {"feedforward_modules": []},
     "oft": {"oft_block_size": 8},
     "psoft": {"r": 4},
