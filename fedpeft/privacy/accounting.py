@@ -19,6 +19,7 @@ ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(12, 64), *range(64, 1025,
 
 EPSILON_ERROR = 0.01  # of PRV, added to what it reports; a tenth of it where epsilon is below SMALL
 SMALL = 0.1
+LARGE = 100.0  # epsilon protects nobody there, and PRV's grid, which grows with it, would fill the memory: RDP's bound stands
 LARGEST_SIGMA = 1e4
 
 
@@ -50,7 +51,7 @@ def epsilon(history: Iterable[Release], delta: float) -> float:
 @functools.lru_cache(maxsize=4096)
 def _epsilon(history: History, delta: float) -> float:
     bound = _rdp(history, delta)
-    if not history or math.isinf(bound):
+    if not history or bound > LARGE:
         return bound
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of logarithms of zero, which are meant

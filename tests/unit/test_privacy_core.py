@@ -49,6 +49,8 @@ def test_corners():
     assert epsilon([Release(0.0, 0.1, 1)], 1e-5) == math.inf
     assert not affordable([Release(0.0, 0.1, 1)], 1e-5, 100.0)
     assert upper_bound([Release(100.0, 0.001, 10)], 1e-5) < 0.05, "large orders are there for small epsilons"
+    hardly_any = [Release(1e-4, 0.0427, 12)]
+    assert epsilon(hardly_any, 1e-5) == upper_bound(hardly_any, 1e-5) > 1e6, "a grid for PRV would take terabytes"
 
 
 @pytest.mark.parametrize(
