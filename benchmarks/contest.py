@@ -21,6 +21,12 @@ from fedpeft.training.job import Job, batches, dropout_seed, rates
 from fedpeft.training.prepare import prepare
 
 MAX_LENGTH = 64
+FAST: dict[str, dict[str, Any]] = {  # sections of a config: what may be turned on where not every number has to be the loop's
+    "model": {"dtype": "bfloat16"},
+    "adapter": {"target_modules": r".*layer\.[345]\..*(query|value)"},  # the upper half of MiniLM
+    "training": {"prefix_cache": "memory"},
+}
+RATES = {"adamw": 1e-3, "sgd": 0.1}
 VOCABULARY = 8192  # of the Llama shapes, unless they say otherwise
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -49,6 +55,7 @@ class Case:
     data: str = ""  # of AG News, for MiniLM
     device: str = "cpu"
     dtype: str = "float32"
+    optimizer: str = "adamw"
 
 
 class Contest:
@@ -64,7 +71,8 @@ class Contest:
                 "training": {
                     "max_steps": case.steps,
                     "per_device_train_batch_size": case.batch,
-                    "learning_rate": 1e-3,
+                    "optimizer": case.optimizer,
+                    "learning_rate": RATES[case.optimizer],
                     "head_init": "random",
                     "device": case.device,
                 },
@@ -82,21 +90,13 @@ class Contest:
         start = self.adapted.read()
         self.jobs = [Job(client, 1, start, self.adapted.trained, data.take(np.sort(mine))) for client, mine in enumerate(rows)]
         self.start = {name: torch.from_numpy(array) for name, array in start.items()}
-        self.works = [self.work(job) for job in self.jobs]
+        self.works = [work(self.config, job) for job in self.jobs]
         self.tokens = sum(len(work.inputs[row]["input_ids"]) for work in self.works for rows in work.batches for row in rows)
 
     @property
     def flops(self) -> int:
         """Of the floor: two for a multiplication and its sum."""
         return 2 * self.tokens * sum(weight.numel() * (2 if backward else 1) for weight, backward in base_weights(self.adapted.base.model))
-
-    def work(self, job: Job) -> Work:
-        """The job, as somebody who does not know us would be given it."""
-        training, steps = self.config.training, [part for (part,) in batches(self.config, job)]
-        inputs = [{name: value for name, value in row.items() if name != "token_type_ids"} for row in job.data.inputs]
-        seed, labels = dropout_seed(self.config, job), list(job.data.labels)
-        clipping = training.max_grad_norm or 1e9
-        return Work(inputs, labels, steps, rates(self.config, len(job.data), 1), seed, training.weight_decay, clipping)
 
     def run(self, name: str) -> list[Arrays]:
         """What `name` makes of every job; of the floor nothing comes."""
@@ -111,6 +111,22 @@ class Contest:
     def padded(self) -> list[Arrays]:
         """The loop with every batch padded to the full length: the same numbers, but for the order of sums."""
         return [train(self.model, self.start, work, MAX_LENGTH) for work in self.works]
+
+
+def work(config: Config, job: Job) -> Work:
+    """The job, as somebody who does not know us would be given it."""
+    training, steps = config.training, [part for (part,) in batches(config, job)]
+    inputs = [{name: value for name, value in row.items() if name != "token_type_ids"} for row in job.data.inputs]
+    clipping = training.max_grad_norm or 1e9
+    speeds = rates(config, len(job.data), job.round)
+    return Work(
+        inputs, list(job.data.labels), steps, speeds, dropout_seed(config, job), training.weight_decay, clipping, training.optimizer
+    )
+
+
+def changed(settings: dict[str, Any], sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A config's settings with other values in some of its sections."""
+    return {**settings, **{name: {**settings[name], **values} for name, values in sections.items()}}
 
 
 TASK = {"minilm": "sequence-classification", "llama": "causal-lm"}

@@ -11,11 +11,14 @@ same clients on the same batches from the same start, so that its numbers can be
   floor    the products with the base's own weights alone, forward and backward, over the tokens without any padding
   cached   Flower's simulation on Ray with the loop's client, its model kept by each actor     (section whole)
   loads    the same, the model loaded for each message, as in Flower's examples                (section whole)
+  fast     fedpeft over a base in bfloat16, adapters in the upper half, what lies below kept   (section whole)
 
 Sections: MiniLM on AG News in float32; a Llama of random weights on random tokens; whole runs, from the command to the last
 file, each in processes of its own. Contestants take turns; wall and CPU seconds are medians of the repetitions, memory is the
-peak beyond the loaded model in a process of its own, or the largest GPU allocation. `rounding` is how far the loop comes from
-itself when every batch is padded to the full length, which changes nothing but the order of sums. Results go to
+peak beyond the loaded model in a process of its own, or the largest GPU allocation. `farthest` is the largest difference of any
+number of any client from the loop's. AdamW's first steps divide a gradient by its own size, so that rounding of a gradient near
+zero comes out as a whole step: hence `rounding`, how far the loop comes from itself when every batch is padded to the full length,
+which changes nothing but the order of sums, and `by SGD`, the same difference after the same steps of SGD at 0.1. Results go to
 benchmarks/results/engine.json (--out), section by section as they come; the rows of one section are of one run.
 """
 
@@ -48,6 +51,8 @@ from contest import Case, Contest, farthest, write_llama  # noqa: E402
 RESULTS = pathlib.Path(__file__).parent / "results"
 CONTESTANTS = ("loop", "many", "floor")
 STEPS = {8: 2}  # of a client; one where there are more clients
+WHOLE = {8: (10, 6)}  # steps and rounds of a whole run; one and two where there are more clients
+SMALL = 128  # examples a step, up to which differences are looked into
 SHAPE = {"cpu": "small", "cuda": "1b"}
 
 
@@ -80,7 +85,8 @@ def main() -> None:
                 from whole_runs import compare
 
                 for count in clients:
-                    rows.append(compare(given.data, count, 8, STEPS.get(count, 1), given.repetitions))
+                    steps, rounds = WHOLE.get(count, (1, 2))
+                    rows.append(compare(given.data, count, 8, steps, rounds, given.repetitions))
                     kept.put(section, rows)
                 whole_table(rows)
                 continue
@@ -145,6 +151,7 @@ def measure(case: Case, repetitions: int) -> dict[str, Any]:
             synchronise(case.device)
             wall[name].append(time.perf_counter() - started[0])
             cpu[name].append(time.process_time() - started[1])
+    small = case.clients * case.batch <= SMALL
     measured = case.batch == 8 or case.device.startswith("cuda")
     return {
         **{key: getattr(case, key) for key in ("clients", "batch", "steps", "dropout", "device", "dtype")},
@@ -154,8 +161,14 @@ def measure(case: Case, repetitions: int) -> dict[str, Any]:
         "cpu_seconds": {name: statistics.median(taken) for name, taken in cpu.items()},
         "peak_bytes": {name: in_a_process(peak_memory, name, case) for name in ("loop", "many")} if measured else None,
         "farthest": farthest(results["loop"], results["many"]),
-        "rounding": farthest(results["loop"], contest.padded()) if case.clients == 8 else None,
+        "rounding": farthest(results["loop"], contest.padded()) if small else None,
+        "by_sgd": by_sgd(dataclasses.replace(case, optimizer="sgd")) if small else None,
     }
+
+
+def by_sgd(case: Case) -> float:
+    contest = Contest(case)
+    return farthest(contest.run("loop"), contest.run("many"))
 
 
 def synchronise(device: str) -> None:
@@ -192,32 +205,26 @@ def resident(kind: str) -> int:
 
 def engine_table(rows: Sequence[dict[str, Any]]) -> None:
     columns = ["clients", "batch", "loop s", "loop / many", "many / floor", "CPU time: loop / many", "many / floor"]
-    columns += ["memory: many / loop", "farthest from loop", "rounding"]
+    columns += ["memory: many / loop", "farthest from loop", "rounding", "by SGD"]
     print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for row in rows:
         wall, cpu, peak = row["wall_seconds"], row["cpu_seconds"], row["peak_bytes"]
         ratios = [wall["loop"] / wall["many"], wall["many"] / wall["floor"], cpu["loop"] / cpu["many"], cpu["many"] / cpu["floor"]]
         cells = [row["clients"], row["batch"], f"{wall['loop']:.2f}", *(f"{ratio:.2f}" for ratio in ratios)]
         cells += [f"{peak['many'] / max(1, peak['loop']):.2f}" if peak else "", f"{row['farthest']:.1e}"]
-        print("| " + " | ".join(map(str, [*cells, "" if row["rounding"] is None else f"{row['rounding']:.1e}"])) + " |")
+        cells += ["" if row[key] is None else f"{row[key]:.1e}" for key in ("rounding", "by_sgd")]
+        print("| " + " | ".join(map(str, cells)) + " |")
 
 
 def whole_table(rows: Sequence[dict[str, Any]]) -> None:
-    columns = ["clients", "fedpeft s", "wall: cached /", "loads /", "last round: cached /", "loads /", "CPU time: cached /", "loads /"]
-    columns += ["memory: fedpeft MB", "/ cached", "farthest"]
+    columns = ["clients", "rounds x steps", "contestant", "wall s", "CPU s", "last round s", "memory MB", "accuracy", "farthest"]
     print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for row in rows:
-        whole, last = row["whole"], {name: seconds[-1] for name, seconds in row["round_seconds"].items()}
-        ours = whole["fedpeft"]
-        cells = [row["clients"], f"{ours['wall_seconds']:.1f}"]
-        for of in (
-            lambda name: whole[name]["wall_seconds"] / ours["wall_seconds"],  # noqa: B023
-            lambda name: last[name] / last["fedpeft"],  # noqa: B023
-            lambda name: whole[name]["cpu_seconds"] / ours["cpu_seconds"],  # noqa: B023
-        ):
-            cells += [f"{of(name):.2f}" for name in ("cached", "loads")]
-        cells += [f"{ours['peak_bytes'] / 1e6:.0f}", f"{ours['peak_bytes'] / whole['cached']['peak_bytes']:.2f}"]
-        print("| " + " | ".join(map(str, [*cells, f"{max(row['farthest'].values()):.1e}"])) + " |")
+        for name, spent in row["whole"].items():
+            cells = [row["clients"], f"{row['rounds']} x {row['steps']}", name, f"{spent['wall_seconds']:.1f}"]
+            cells += [f"{spent['cpu_seconds']:.1f}", f"{row['round_seconds'][name][-1]:.1f}", f"{spent['peak_bytes'] / 1e6:.0f}"]
+            cells += [f"{row['accuracy'][name]:.3f}", f"{row['farthest'][name]:.1e}" if name in row["farthest"] else ""]
+            print("| " + " | ".join(map(str, cells)) + " |")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import transformers
 TARGETS = {"minilm": ["query", "value"], "llama": ["q_proj", "v_proj"]}
 TASKS = {"minilm": "SEQ_CLS", "llama": "CAUSAL_LM"}
 UNTRAINED = -100
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Work:
     seed: int  # of dropout
     weight_decay: float
     max_grad_norm: float
+    optimizer: str
 
 
 def model(kind: str, folder: str, labels: int, device: str = "cpu", dtype: str = "float32") -> Any:
@@ -53,7 +55,7 @@ def train(model: Any, start: dict[str, torch.Tensor], work: Work, length: int | 
     peft.set_peft_model_state_dict(model, start)
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=work.rates[0], weight_decay=work.weight_decay)
+    optimizer = OPTIMIZERS[work.optimizer](trainable, lr=work.rates[0], weight_decay=work.weight_decay)
     torch.manual_seed(work.seed)
     for rate, rows in zip(work.rates, work.batches, strict=True):
         optimizer.param_groups[0]["lr"] = rate

@@ -19,83 +19,97 @@ import time
 from typing import Any
 
 import numpy as np
-from peft_loop import Work
+from contest import FAST, changed, farthest, work
 from safetensors.numpy import load_file
 
+from fedpeft.base import minilm_folder
 from fedpeft.config import Config
 from fedpeft.quiet import quiet_libraries
+from fedpeft.simulations.assemble import Parts, assemble
+from fedpeft.training.evaluate import evaluate
+from fedpeft.training.job import Job
 
 HERE = pathlib.Path(__file__).parent
-ROUNDS, TESTED = 2, 16
+TESTED = 500
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def compare(data: pathlib.Path, clients: int, batch: int, steps: int, repetitions: int = 1) -> dict[str, Any]:
-    """One row: MiniLM on AG News, LoRA r = 8 on query and value, `clients` in each of two rounds."""
+def compare(data: pathlib.Path, clients: int, batch: int, steps: int, rounds: int, repetitions: int = 1) -> dict[str, Any]:
+    """One row: MiniLM on AG News, LoRA r = 8 on query and value, all clients in each round. `fast` is fedpeft with contest.FAST."""
     with tempfile.TemporaryDirectory() as folder:
         place = pathlib.Path(folder)
-        config = write_data(data, place, clients, batch, steps)
-        prepare(config, place)
-        commands = {
-            "fedpeft": [sys.executable, "-m", "fedpeft", "simulate", str(place / "config.yaml"), "--json"],
-            "cached": [sys.executable, "-c", f"import flower_peft; flower_peft.main({folder!r}, 'cached')"],
-            "loads": [sys.executable, "-c", f"import flower_peft; flower_peft.main({folder!r}, 'loads')"],
-        }
+        configs = write_data(data, place, clients, batch, steps, rounds)
+        parts = {name: loaded(config, place) for name, config in configs.items()}
+        prepare(configs["fedpeft"], parts["fedpeft"], place)
+        commands = {name: [sys.executable, "-m", "fedpeft", "simulate", str(place / f"{name}.yaml"), "--json"] for name in configs}
+        for name in ("cached", "loads"):
+            commands[name] = [sys.executable, "-c", f"import flower_peft; flower_peft.main({folder!r}, {name!r})"]
         measured: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
         for repetition in range(repetitions):
             for name, command in commands.items():
-                out = ["--out", str(place / f"run-{repetition}")] if name == "fedpeft" else []
+                out = ["--out", str(place / f"{name}-{repetition}")] if name in configs else []
                 measured[name].append(watch([*command, *out], place / f"{name}.log"))
-        rounds = [json.loads(line) for line in (place / "run-0" / "rounds.jsonl").read_text().splitlines()]
-        ours = from_peft(place / "run-0" / "adapter")
-        apart = {name: differ(ours, dict(np.load(place / f"{name}.npz"))) for name in ("cached", "loads")}
+        ended = {name: load_file(place / f"{name}-0" / "adapter" / "adapter_model.safetensors") for name in configs}
+        ended |= {name: dict(np.load(place / f"{name}.npz")) for name in ("cached", "loads")}
         seconds = {name: json.loads((place / f"{name}.json").read_text())["rounds"] for name in ("cached", "loads")}
-    seconds["fedpeft"] = [sum(line["seconds"].values()) for line in rounds[1:]]
+        for name in configs:
+            lines = [json.loads(line) for line in (place / f"{name}-0" / "rounds.jsonl").read_text().splitlines()]
+            seconds[name] = [sum(line["seconds"].values()) for line in lines[1:]]
     medians = {name: {key: float(np.median([one[key] for one in all])) for key in all[0]} for name, all in measured.items()}
-    return {"clients": clients, "batch": batch, "steps": steps, "whole": medians, "round_seconds": seconds, "farthest": apart}
+    accuracy = {}
+    for name, arrays in ended.items():
+        own = parts.get(name, parts["fedpeft"])
+        accuracy[name] = evaluate(own.adapted, own.task, arrays, own.test, 64)["accuracy"]
+    row = {"clients": clients, "batch": batch, "steps": steps, "rounds": rounds, "whole": medians, "round_seconds": seconds}
+    return {**row, "accuracy": accuracy, "farthest": {name: farthest([ended["fedpeft"]], [ended[name]]) for name in ("cached", "loads")}}
 
 
-def write_data(data: pathlib.Path, place: pathlib.Path, clients: int, batch: int, steps: int) -> Config:
-    with gzip.open(data / "ag_news" / "train.csv.gz", "rt", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for name, count in (("train", clients * batch * steps), ("test", TESTED)):
-        with (place / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["text", "label", "client"])
-            writer.writerows([rows[n % len(rows)]["text"], rows[n % len(rows)]["label"], f"{n % clients:05d}"] for n in range(count))
-    training = {"max_steps": steps, "per_device_train_batch_size": batch, "learning_rate": 1e-3, "head_init": "random", "engine": "many"}
-    settings = {
+def write_data(data: pathlib.Path, place: pathlib.Path, clients: int, batch: int, steps: int, rounds: int) -> dict[str, Config]:
+    """The examples, dealt out, and the configs that train on them. A run sees 16 test rows a round: to Flower none are given."""
+    for part, count in (("train", clients * batch * steps), ("test", TESTED)):
+        with gzip.open(data / "ag_news" / f"{part}.csv.gz", "rt", encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        table = [[rows[n % len(rows)]["text"], rows[n % len(rows)]["label"], f"{n % clients:05d}"] for n in range(count)]
+        for folder, kept in (("data", 16 if part == "test" else count), ("tested", count)):
+            (place / folder).mkdir(exist_ok=True)
+            with (place / folder / f"{part}.csv").open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows([["text", "label", "client"], *table[:kept]])
+    settings: dict[str, Any] = {
         "name": "whole",
         "model": {"name": "minilm", "dropout": False},
-        "data": {"name": str(place), "max_length": 64},
+        "data": {"name": str(place / "data"), "max_length": 64},
         "partition": {"name": "natural"},
         "adapter": {"name": "lora", "r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]},
-        "strategy": {"num_rounds": ROUNDS},
-        "training": training,
+        "strategy": {"num_rounds": rounds},
+        "training": {
+            "max_steps": steps,
+            "per_device_train_batch_size": batch,
+            "learning_rate": 5e-3,
+            "head_init": "random",
+            "engine": "many",
+        },
     }
-    config = Config.from_dict(settings)
-    (place / "config.yaml").write_text(config.to_yaml())
-    return config
+    configs = {"fedpeft": Config.from_dict(settings), "fast": Config.from_dict(changed(settings, FAST))}
+    for name, config in configs.items():
+        (place / f"{name}.yaml").write_text(config.to_yaml())
+    return configs
 
 
-def prepare(config: Config, place: pathlib.Path) -> None:
-    """What Flower's clients read: each client's tokens and batches, and what all start from. Not timed."""
-    from fedpeft.base import minilm_folder
-    from fedpeft.simulations.assemble import assemble
-    from fedpeft.training.job import Job, batches, dropout_seed, rates
-
+def loaded(config: Config, place: pathlib.Path) -> Parts:
+    """The run's parts with the whole test part, to evaluate every contestant alike."""
     with quiet_libraries():
-        parts = assemble(config)
+        return assemble(Config.from_dict(changed(config.as_dict(), {"data": {"name": str(place / "tested")}})))
+
+
+def prepare(config: Config, parts: Parts, place: pathlib.Path) -> None:
+    """What Flower's clients read: each client's tokens and batches, and what all start from. Not timed."""
     np.savez(place / "start.npz", **parts.adapted.read())
     for client, node in parts.worker.nodes.items():
-        for round in range(1, ROUNDS + 1):
-            job = Job(client, round, {}, (), node.train)
-            clipping = config.training.max_grad_norm or 1e9
-            steps = [part for (part,) in batches(config, job)]
-            speeds = rates(config, len(node.train), round)
-            work = Work(node.train.inputs, list(node.train.labels), steps, speeds, dropout_seed(config, job), 0.0, clipping)
-            (place / f"client-{client}-round-{round}.pickle").write_bytes(pickle.dumps(work))
-    spec = {"clients": len(parts.worker.nodes), "rounds": ROUNDS, "kind": "minilm", "base": minilm_folder(), "labels": 4}
+        for round in range(1, config.strategy.num_rounds + 1):
+            mine = work(config, Job(client, round, {}, (), node.train))
+            (place / f"client-{client}-round-{round}.pickle").write_bytes(pickle.dumps(mine))
+    rounds, base = config.strategy.num_rounds, minilm_folder()
+    spec = {"clients": len(parts.worker.nodes), "rounds": rounds, "kind": "minilm", "base": base, "labels": 4}
     (place / "spec.json").write_text(json.dumps(spec))
 
 
@@ -136,11 +150,3 @@ def tree(root: int) -> list[int]:
         found.append(left.pop())
         left += parents.get(found[-1], [])
     return found
-
-
-def from_peft(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    return dict(load_file(folder / "adapter_model.safetensors"))
-
-
-def differ(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
-    return max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
