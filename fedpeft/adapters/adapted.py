@@ -16,12 +16,14 @@ from fedpeft.errors import Problem, UserError
 from fedpeft.products import Product
 from fedpeft.records import BESIDE, MERGED, Arrays, Layout, Pair, sparse_name
 from fedpeft.training.prefix import Prefix
+from fedpeft.training.unread import Unread
 
 if TYPE_CHECKING:
     import torch
 
     from fedpeft.adapters.adapter import Adapter
     from fedpeft.base import Base
+    from fedpeft.data.encoded import Encoded
 
 A_FACTOR, B_FACTOR = ".lora_A.weight", ".lora_B.weight"
 
@@ -52,7 +54,13 @@ class Adapted:
             wrapper.register_forward_pre_hook(_as_float32)
         self.backbone = Backbone(model, base.device)
         self.prefix = Prefix(self)  # keeps nothing until it is told to
+        self.unread = Unread(self)  # nor leaves anything out
         self._layout = self._look()
+
+    def ready(self, data: Encoded) -> None:
+        """Before passes over `data`: see what of them need not be computed."""
+        self.unread.ready(data)
+        self.prefix.ready(data)
 
     @property
     def trainable_parameters(self) -> int:

@@ -72,7 +72,7 @@ class CohortTraining:
         schedules = np.zeros((steps[0], len(self.jobs)), np.float32)
         for place, job in enumerate(self.jobs):
             schedules[: steps[place], place] = rates(self.config, len(job.data), job.round)
-        self.adapted.prefix.ready(self.jobs[0].data)
+        self.adapted.ready(self.jobs[0].data)
         self.adapted.model.train()
         gradients = self.trained.gradients
         assert gradients is not None

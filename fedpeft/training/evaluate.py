@@ -20,7 +20,7 @@ def of_every_record(adapted: Adapted, data: Encoded, batch_size: int, ask: Calla
 
     out: np.ndarray[Any, Any] | None = None
     adapted.model.eval()
-    adapted.prefix.ready(data)
+    adapted.ready(data)
     with torch.no_grad():
         for rows in data.by_length(batch_size):
             inputs, labels = data.batch(rows, adapted.base.tokenizer, adapted.base.device)

@@ -60,7 +60,7 @@ def _together(adapted: Adapted, task: Any, models: Sequence[Model], training: Tr
 
     cohort = seat(adapted, [arrays for arrays, _ in models])
     adapted.model.eval()
-    adapted.prefix.ready(models[0][1])
+    adapted.ready(models[0][1])
     batches = [Batch(place, data, np.arange(len(data)), 1.0, None) for place, (_, data) in enumerate(models)]
     most = training.per_device_eval_batch_size
     tokens = most * max(length(data, row) for _, data in models for row in range(len(data)))

@@ -45,7 +45,7 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
     started = time.perf_counter()
     training = config.training
     adapted.write(job.start)
-    adapted.prefix.ready(job.data)
+    adapted.ready(job.data)
     parameters = adapted.train_only(job.names)
     trained = dict(zip(job.names, parameters, strict=True))
     steppers = optimizers(trained, job.rules, find("optimizer", training.optimizer), training.weight_decay)

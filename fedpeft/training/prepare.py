@@ -22,6 +22,7 @@ from fedpeft.tasks.task import Task
 from fedpeft.training import private
 from fedpeft.training.job import local_steps
 from fedpeft.training.prefix import Prefix
+from fedpeft.training.unread import Unread
 
 ADAPTER = "adapter"  # the action of the survey that an adapter needs
 
@@ -60,6 +61,7 @@ def prepare(config: Config, labels: int) -> Prepared:
     strategy.check(adapted.layout())
     adapted.add_sparse(strategy.sparse(adapted.layout(), config.seed))
     adapted.prefix = Prefix(adapted, task.outputs, config.training.prefix_cache, config.training.prefix_cache_gb)
+    adapted.unread = Unread(adapted, task.outputs)
     surveys = {ADAPTER: adapter.survey()}
     if task.class_statistics:
         surveys = {config.training.head_init: find("head_init", config.training.head_init)(), **surveys}
