@@ -209,13 +209,13 @@ def _lowest(adapted: Adapted) -> tuple[str, int] | None:
     own = {id(parameter) for parameter in adapted.parameters.values()}
     head = {id(adapted.parameters[name]) for name in adapted.head}
     found: set[tuple[str, int]] = set()
-    behind = True  # the head comes after the stack
+    behind = True  # what trains outside of layers comes after them
     for module, layer in adapted.model.named_modules():
         if isinstance(layer, BaseTunerLayer) and not layer._disable_adapters:
             if any(id(parameter) in own for parameter in layer.parameters()):
-                if (at := layer_of(module)) is None:
-                    return None
-                found.add(at)
+                if (at := layer_of(module)) is not None:
+                    found.add(at)
+                behind &= bool(found)  # a pooler's may come after the stack
         elif any(id(parameter) in head for parameter in layer.parameters(recurse=False)):
             behind &= bool(found) and layer_of(module) is None
     if not found or not behind or len({stack for stack, _ in found}) > 1:
