@@ -51,7 +51,7 @@ RATES = {  # where it is not the usual one
     **dict.fromkeys(["lora, init lora_ga", "miss", "miss, init_weights bat (Bone)"], "1e-3"),
     **dict.fromkeys(["lora_sb", "shira", "shira, mask columns (PaCA)", "supertuning"], "1e-2"),
     **dict.fromkeys(["ia3", "beft", "tinylora", "road", "c3a", "vblora", "pvera"], "2e-2"),  # a handful of numbers
-    **dict.fromkeys(["fora", "fourierft", "waveft"], "3e-2"),
+    **dict.fromkeys(["fora", "fourierft"], "3e-2"),
     **dict.fromkeys(["vera", "unilora"], "5e-2"),
 }
 

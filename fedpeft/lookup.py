@@ -64,6 +64,7 @@ TABLES: dict[str, dict[str, str]] = {
         "unilora": "fedpeft.adapters.unilora:UniLora",
         "fourierft": "fedpeft.adapters.fourierft:FourierFt",
         "shira": "fedpeft.adapters.shira:Shira",
+        "vblora": "fedpeft.adapters.vblora:VbLora",
         "c3a": "fedpeft.adapters.c3a:C3a",
         "ln_tuning": "fedpeft.adapters.ln_tuning:LnTuning",
     },

@@ -67,6 +67,7 @@ FEDERABLE = {
     "vera": Facts("VERA", APPROXIMATE, "b, d", "random A, B", 0.71),
     "randlora": Facts("RANDLORA", APPROXIMATE, "lambda, gamma", "random A, B", 0.71),
     "unilora": Facts("UNILORA", APPROXIMATE, "theta", "indices", 0.75),
+    "vblora": Facts("VBLORA", APPROXIMATE, "vector bank, logits", error=1.1),
     "fourierft": Facts("FOURIERFT", EXACT, "coefficients", "frequencies"),
     "shira": Facts("SHIRA", EXACT, "values", "places"),
     "c3a": Facts("C3A", EXACT, "circulant kernels"),
@@ -90,7 +91,6 @@ FEDERABLE = {
     "road": Facts("ROAD", APPROXIMATE, "rotation angles and scales", error=0.24),
     "supertuning": Facts("SUPERTUNING", EXACT, "values", "places"),
     "tinylora": Facts("TINYLORA", EXACT, "one vector a layer", "bases and projections"),
-    "vblora": Facts("VBLORA", APPROXIMATE, "vector bank, logits", error=1.1),
     "waveft": Facts("WAVEFT", EXACT, "coefficients", "places"),
     # --- refused
     "adalora": Facts(

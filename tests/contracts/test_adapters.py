@@ -28,6 +28,7 @@ SETTINGS = {
     "randlora": {"r": 4},
     "fourierft": {"n_frequency": 50},
     "shira": {"r": 2},
+    "vblora": {"r": 4, "vector_length": 8, "num_vectors": 16},
     "c3a": {"block_size": 8},
     "ln_tuning": {"target_modules": ".*LayerNorm"},
 }
@@ -38,7 +39,6 @@ OPTIONS = {
     "psoft": {"r": 4},
     "pvera": {"r": 8},
     "road": {"group_size": 8},
-    "vblora": {"r": 4, "vector_length": 8, "num_vectors": 16},
     "waveft": {"n_frequency": 50},
 }
 VARIANTS = {
