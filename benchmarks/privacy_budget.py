@@ -19,7 +19,6 @@ import math
 import os
 import pathlib
 import platform
-import shutil
 from typing import Any
 
 from fedpeft import environment
@@ -29,9 +28,9 @@ environment.prepare()
 import torch  # noqa: E402
 from tables import said, signed  # noqa: E402
 
-from fedpeft.intervals import estimate  # noqa: E402
+from fedpeft.intervals import Estimate, estimate  # noqa: E402
 from fedpeft.simulations.study import run  # noqa: E402
-from fedpeft.simulations.study_epsilon import epsilon  # noqa: E402
+from fedpeft.simulations.study_epsilon import draw, epsilon  # noqa: E402
 from fedpeft.simulations.study_plan import Settings, plan  # noqa: E402
 from fedpeft.simulations.study_results import Results, paired  # noqa: E402
 
@@ -76,9 +75,13 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in given.sets:
         study = plan(str(CONFIG), overrides(name, given.data), [arms], [], SEEDS)
-        rows += compared(name, run(study, given.out / name))
+        found = compared(name, run(study, given.out / name))
         (HERE / "results").mkdir(exist_ok=True)
-        shutil.copyfile(given.out / name / "epsilon.png", HERE / "results" / f"privacy_budget_{name}.png")
+        costs: dict[str, dict[float, Estimate]] = {method: {} for method in METHODS}
+        for row in found:
+            costs[row["method"]][row["epsilon"] or math.inf] = estimate(row["accuracy"])
+        draw(costs, f"accuracy on {name}", HERE / "results" / f"privacy_budget_{name}.png")
+        rows += found
         write(rows)
 
 
