@@ -5,7 +5,7 @@
 DIR holds sst2/ and qnli/, each with train.csv.gz and test.csv.gz (GLUE's columns: text or question and sentence, and label). The
 config is configs/studies/privacy_budget.yaml: three clients, iid, privacy of single examples over the whole run. The learning rate is
 picked for each method among three, at epsilon 3 on a validation split of the first seed of SST-2, and used at every epsilon and on
-QNLI; without privacy it is picked in the same way among two smaller ones, with gradients clipped to 1. What the search costs in
+QNLI; without privacy it is picked in the same way among three, too, with gradients clipped to 1. What the search costs in
 privacy is not accounted, as in the papers. FoRA adapts every layer that the others adapt, since its choice
 of layers looks at the data. Every set is a study of its own: a stopped benchmark goes on where it was. Writes
 benchmarks/results/privacy_budget.json, .md and a picture for each set.
@@ -38,7 +38,7 @@ HERE = pathlib.Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "studies" / "privacy_budget.yaml"
 SEEDS = 3
 RATES = ["1e-2", "3e-2", "1e-1"]
-PLAIN_RATES = ["3e-3", "1e-2"]  # without privacy
+PLAIN_RATES = ["3e-3", "1e-2", "3e-2"]  # without privacy
 METHODS: dict[str, Settings] = {
     "LoRA": {"strategy.name": "fedavg"},
     "FFA-LoRA": {"strategy.name": "ffa_lora"},
