@@ -5,7 +5,7 @@
 DIR holds sst2/ and qnli/, each with train.csv.gz and test.csv.gz (GLUE's columns: text or question and sentence, and label). The
 config is configs/studies/privacy_budget.yaml: three clients, iid, privacy of single examples over the whole run. The learning rate is
 picked for each method among three, at epsilon 3 on a validation split of the first seed of SST-2, and used at every epsilon and on
-QNLI; without privacy it is picked in the same way among three, too, with gradients clipped to 1. What the search costs in
+QNLI; without privacy among three in the same way, with gradients clipped to 1. What the search costs in
 privacy is not accounted, as in the papers. FoRA adapts every layer that the others adapt, since its choice
 of layers looks at the data. Every set is a study of its own: a stopped benchmark goes on where it was. Writes
 benchmarks/results/privacy_budget.json, .md and a picture for each set.
