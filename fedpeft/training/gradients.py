@@ -25,6 +25,7 @@ def full_gradients(
     import torch
 
     layout = adapted.layout()
+    adapted.unread.ready(data)
     adapted.write({**arrays, **{pair.B: np.zeros_like(arrays[pair.B]) for pair in layout.pairs}})
     adapted.train_only([name for pair in layout.pairs for name in (pair.A, pair.B)])
     modules = dict(adapted.model.named_modules())

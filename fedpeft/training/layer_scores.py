@@ -48,6 +48,7 @@ class LayerScores:
         size = training.per_device_train_batch_size if self.of_batches else 1
         parts = np.split(rows, range(size, len(rows), size))
         layers = self.layers(adapted.layout())
+        adapted.unread.ready(data)
         adapted.model.eval()
         with _squares(adapted, layers) as squares:
             for part in parts:

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 class Unread:
-    """What is left out of one model. `ready` looks once, and the model stays so."""
+    """What is left out of one model. `ready` looks once, and the model stays so.
+
+    Whoever runs the model asks first: a client in a process of its own then ends at the bits that it has in a simulation.
+    """
 
     def __init__(self, adapted: Adapted, ask: Callable[..., Any] | None = None) -> None:
         self.adapted = adapted

@@ -10,6 +10,7 @@ import torch
 from fedpeft import Config, UserError, simulate
 from fedpeft.adapters import frozen
 from fedpeft.adapters.federable import FEDERABLE, How
+from fedpeft.adapters.ln_tuning import NORMS
 from fedpeft.lookup import TABLES
 from fedpeft.server import ending
 from fedpeft.simulations import run as simulation
@@ -30,7 +31,7 @@ SETTINGS = {
     "shira": {"r": 2},
     "vblora": {"r": 4, "vector_length": 8, "num_vectors": 16},
     "c3a": {"block_size": 8},
-    "ln_tuning": {"target_modules": ".*LayerNorm"},
+    "ln_tuning": {"target_modules": NORMS},
 }
 OPTIONS = {
     "boft": {"boft_block_size": 8},
