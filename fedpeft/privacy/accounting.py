@@ -19,7 +19,7 @@ ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(12, 64), *range(64, 1025,
 
 EPSILON_ERROR = 0.01  # of PRV, added to what it reports; a tenth of it where epsilon is below SMALL
 SMALL = 0.1
-LARGE = 100.0  # epsilon protects nobody there, and PRV's grid, which grows with it, would fill the memory: RDP's bound stands
+LARGE = 1e4  # of RDP's bound: beyond it PRV's grid, which grows with it, would fill the memory; nobody is protected there
 LARGEST_SIGMA = 1e4
 
 

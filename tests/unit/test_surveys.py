@@ -17,6 +17,7 @@ TRAINING = TrainingSection(per_device_eval_batch_size=8)
 def features(adapted, data):
     """What the head's last layer is given, caught by a second, independent way: a pre-hook."""
     caught = []
+    adapted.ready(data)  # it tries the model out, before the hook listens
     hook = adapted.output_layer().register_forward_pre_hook(lambda layer, inputs: caught.append(inputs[0].numpy()))
     for row in range(len(data)):
         evaluate.logits(adapted, data.take(np.array([row])), 1)
