@@ -47,12 +47,13 @@ VARIANTS = {  # rows beyond one a name: title -> adapter section
 }
 USUAL = "5e-3"
 RATES = {  # where it is not the usual one
-    **dict.fromkeys(["lora, use_rslora", "randlora", "boft", "oft", "hra", "psoft"], "2e-3"),  # rotations, and large factors
+    **dict.fromkeys(["lora, use_rslora", "randlora", "oft", "psoft"], "2e-3"),  # rotations, and large factors
     **dict.fromkeys(["lora, init lora_ga", "miss", "miss, init_weights bat (Bone)"], "1e-3"),
-    **dict.fromkeys(["lora_sb", "shira", "shira, mask columns (PaCA)", "supertuning"], "1e-2"),
-    **dict.fromkeys(["ia3", "beft", "tinylora", "road", "c3a", "vblora", "pvera"], "2e-2"),  # a handful of numbers
-    **dict.fromkeys(["fora", "fourierft"], "3e-2"),
-    **dict.fromkeys(["vera", "unilora"], "5e-2"),
+    **dict.fromkeys(["lora_sb", "shira", "shira, mask columns (PaCA)", "boft", "hra"], "1e-2"),
+    **dict.fromkeys(["ia3", "beft", "tinylora", "road", "vblora"], "2e-2"),  # a handful of numbers
+    **dict.fromkeys(["hira", "adamss"], "2e-2"),
+    **dict.fromkeys(["fora", "fourierft", "supertuning"], "3e-2"),
+    **dict.fromkeys(["vera", "unilora", "pvera", "c3a", "lokr", "loha"], "5e-2"),
 }
 
 
