@@ -88,18 +88,26 @@ MODELS = [bert, bert_without_pooler, roberta, distilbert, deberta, modernbert, b
 TARGETS = {distilbert: ["q_lin", "v_lin"]}  # its pre_classifier is a head, and PEFT will not put LoRA on what it saves whole
 
 
+def saved(make, tiny_bert, folder):
+    """Save a model of random weights with the tokenizer of `tiny_bert`, which comes back."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(3)
+        make(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 @pytest.mark.parametrize("head_init", ["random", "class_statistics"])
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 def test_peft_reloads_what_was_federated(make, head_init, tiny_settings, tiny_bert, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(3)
-        make(len(tokenizer)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    tokenizer = saved(make, tiny_bert, tmp_path / "base")
     training = {**tiny_settings["training"], "head_init": head_init, "learning_rate": 1e-3}
     settings = {**tiny_settings, "training": training, "model": {"name": str(tmp_path / "base")}, "strategy": {"num_rounds": 1}}
     targets = TARGETS.get(make, "all-linear")
@@ -139,18 +147,12 @@ def test_logits_do_not_depend_on_batch_mates(tiny_settings, tiny_bert, tmp_path)
 @pytest.mark.parametrize("make", [*MODELS, qwen2, gemma], ids=lambda make: make.__name__)
 def test_many_clients_train_in_one_pass_as_one_by_one(make, tiny_settings, tiny_bert, tmp_path, caplog):
     """With the dropouts of the model's own config, one on the adapter's input, and every linear layer adapted."""
-    from transformers import AutoTokenizer
 
     from fedpeft.training import many, one
     from fedpeft.training.job import Job
 
     many._say.cache_clear()
-    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(3)
-        make(len(tokenizer)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    saved(make, tiny_bert, tmp_path / "base")
     adapter = {"name": "lora", "r": 4, "lora_dropout": 0.1, "target_modules": TARGETS.get(make, "all-linear")}
     training = {**tiny_settings["training"], "optimizer": "sgd", "learning_rate": 0.1, "max_steps": 3}
     parts = assemble(
@@ -190,18 +192,12 @@ def test_a_model_that_drops_layers_at_random_trains_one_by_one(tiny_settings, ti
 def test_states_kept_of_the_frozen_layers_change_nothing(make, tiny_settings, tiny_bert, tmp_path):
     """With the adapter in the upper of two layers, and every dropout of the config off. Wherever the layers cannot be left
     out the model is not cut; none of these is such a one."""
-    from transformers import AutoTokenizer
 
     from fedpeft.training import many
     from fedpeft.training.job import Job
     from fedpeft.training.prefix import Prefix
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(3)
-        make(len(tokenizer)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+    saved(make, tiny_bert, tmp_path / "base")
     adapter = {"name": "lora", "r": 4, "target_modules": r".*(layer|layers|h)\.1\..*(query|query_proj|q_lin|q_proj|c_attn|Wqkv)"}
     training = {**tiny_settings["training"], "optimizer": "sgd", "learning_rate": 0.1, "max_steps": 3, "prefix_cache": "memory"}
     model = {"name": str(tmp_path / "base"), "dropout": False}

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import pytest
-import torch
 
 from fedpeft import Config
 from fedpeft.simulations.assemble import assemble
 from fedpeft.training import evaluate, many, one, unread
 from fedpeft.training.unread import Unread
-from tests.test_models import TARGETS, bart, bert, bert_without_pooler, deberta, distilbert, gpt2, llama, modernbert, roberta
+from tests.test_models import TARGETS, bart, bert, bert_without_pooler, deberta, distilbert, gpt2, llama, modernbert, roberta, saved
 
 from .engines import CLOSE, farthest, jobs_with_rules, no_dropout, settings_with
 
@@ -23,14 +20,7 @@ ALL_READ = {distilbert: False, modernbert: False, bart: False, gpt2: False, llam
 @pytest.fixture
 def build(tiny_settings, tiny_bert, tmp_path):
     def make_parts(make):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.manual_seed(3)
-            make(len(tokenizer)).save_pretrained(tmp_path / "base")
-        tokenizer.save_pretrained(tmp_path / "base")
+        saved(make, tiny_bert, tmp_path / "base")
         adapter = {"name": "lora", "r": 4, "target_modules": TARGETS.get(make, "all-linear")}
         settings = settings_with({**tiny_settings, "adapter": adapter, "model": {"name": str(tmp_path / "base")}})
         config = Config.from_dict(settings)
