@@ -113,8 +113,9 @@ class Adapter(Settings):
                 check_head(config, head)
                 model = get_peft_model(skeleton, config)
             except NotImplementedError:
-                # torch's answer on the meta device: this type (FRoD, say) computes with the values of weights, and a skeleton has
-                # none. What is checked here is which layers match, and LoRA matches the same; values are checked when attached.
+                # Nothing of ours is unfinished: torch raises it for a read of values on the meta device. This type (FRoD, say)
+                # computes with the values of weights, and a skeleton has none. What is checked here is which layers match, and
+                # LoRA matches the same; what hangs on values is checked by `attach`, on the real weights.
                 targets = getattr(self, "target_modules", None)
                 model = get_peft_model(skeleton, LoraConfig(r=1, target_modules=targets, task_type=peft_task))
         except UserError:
@@ -134,7 +135,9 @@ class Adapter(Settings):
         with seeds.torch_seed(seeds.derive(seed, "adapter"), base.device):
             try:
                 model = get_peft_model(base.model, self.peft_config(peft_task, base.fresh), autocast_adapter_dtype=True)
-            except (ValueError, NotImplementedError, TypeError) as error:  # what a skeleton does not show: layers that are quantised
+            except (ValueError, NotImplementedError, TypeError) as error:
+                # PEFT's three ways to say that a type has no form for a quantised layer, which a skeleton does not show: said in a
+                # line of ours. On any other base these mean something else, and go on as they are.
                 if getattr(base.model.config, "quantization_config", None) is None:
                     raise
                 got = f"PEFT cannot attach it to a quantised base ({str(error).splitlines()[0]})"
