@@ -364,3 +364,9 @@ def test_a_resumed_run_ends_at_the_same_bits(name, tiny_settings, tmp_path, monk
     assert resumed.summary["rejected_updates"] == 0
     for array in whole:
         np.testing.assert_array_equal(whole[array], resumed.arrays[array])
+
+
+def test_c3a_starts_from_the_base_as_it_is(assembled):
+    kernels = [array for name, array in assembled("c3a").adapted.read().items() if "c3a_kernel" in name]
+    assert kernels
+    assert not any(array.any() for array in kernels)

@@ -103,6 +103,16 @@ def test_adapters_in_the_first_layer_leave_nothing_to_keep(tiny_settings):
     assert parts.adapted.prefix._store is None
 
 
+def test_an_adapted_pooler_comes_behind_what_is_kept(tiny_settings):
+    config, parts = build(tiny_settings, {**TOP, "target_modules": r".*(layer\.1\.attention\.self\.(query|value)|pooler\.dense)"})
+    jobs = jobs_with_rules(parts)
+    assert any("pooler" in name for name in jobs[0].names)
+    ended = many.train(parts.adapted, parts.task, config, jobs)
+    assert parts.adapted.prefix._store is not None
+    parts.adapted.prefix = Prefix(parts.adapted)
+    assert farthest(one.train(parts.adapted, parts.task, config, jobs), ended) < CLOSE
+
+
 def test_states_of_another_example_are_seen(tiny_settings, monkeypatch):
     """A planted error: the key forgets the tokens, not the length."""
     config, parts = build(tiny_settings)
