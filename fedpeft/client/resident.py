@@ -101,6 +101,8 @@ class Resident:
             self.screen.note(note)
         surveys = ready.surveys if self.own.limits.surveys else {}
         guards = prepare.guards(config, ready.adapted, {client: (str(client), len(node.train))}, lambda client: memory.ledger)
+        for guard in guards.values():
+            guard.ledger.check(memory.trained)
         self._worker = Worker(config, ready.adapted, ready.task, ready.strategy, {client: node}, surveys, agreed.clients, guards)
         self._memory, self.client, self._task = memory, client, task
         memory.write_task(json.dumps({"client": client, "task": task.decode()}).encode())

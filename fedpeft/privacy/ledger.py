@@ -52,6 +52,12 @@ class Ledger:
         self.history = (*self.history, release)
         self.hash = hashlib.sha256(line).hexdigest()
 
+    def check(self, released: int) -> None:
+        """Raise UserError when fewer are charged than are known to have left: a file without its end follows from nothing wrong."""
+        if len(self.history) < released:
+            got = f"{len(self.history)} releases are charged here, and {released} updates have left this machine: the file has lost its end"
+            raise UserError(Problem(str(self.path), got, do="put the file back as it was; without it no epsilon can be stated"))
+
     def reserve(self, round: int, release: Release) -> None:
         """Charge `release`; on disk when this returns."""
         entry = {"prev": self.hash, "round": round, "sigma": release.sigma, "q": release.q, "steps": release.steps}

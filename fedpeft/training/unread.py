@@ -40,14 +40,17 @@ class Unread:
         self._ask = ask  # (model, inputs, labels) -> [batch, numbers]: a task's call of the model, such as its `outputs`
 
     def ready(self, data: Encoded) -> None:
-        """Try it on two examples, when first called."""
+        """Try it on the two longest examples, when first called with more than a token to see."""
         import torch
 
-        ask, self._ask = self._ask, None
-        if ask is None:
+        if (ask := self._ask) is None:
             return
+        longest = sorted(range(len(data)), key=data.length, reverse=True)[:2]
+        if data.length(longest[0]) == 1:
+            return
+        self._ask = None
         model, was = self.adapted.model, self.adapted.model.training
-        batch = data.batch(np.arange(min(2, len(data))), self.adapted.base.tokenizer, self.adapted.base.device)
+        batch = data.batch(np.array(longest), self.adapted.base.tokenizer, self.adapted.base.device)
         model.eval()
         try:
             with torch.no_grad():
@@ -62,9 +65,11 @@ class Unread:
             modules[name].register_forward_pre_hook(lambda module, args, name=name: met.append(name) if _meet(args) else None)
             for name in _last_layer(list(modules))
         ]
-        whole = outputs()
-        for hook in hooks:
-            hook.remove()
+        try:
+            whole = outputs()
+        finally:
+            for hook in hooks:
+                hook.remove()
         for name in met[:1]:
             hook = modules[name].register_forward_pre_hook(_poisoned)
             untouched = _equal(outputs(), whole)

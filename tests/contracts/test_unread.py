@@ -78,10 +78,29 @@ def test_without_the_poison_the_reader_would_be_missed(all_read, monkeypatch):
     assert all_read.adapted.unread.left_out_at is not None
 
 
-def test_texts_of_one_token_leave_it_as_it_is(build):
+def test_texts_of_one_token_say_nothing_and_the_longest_are_looked_at(build):
+    """Else a client whose first texts are that short would do other sums than the simulation of it."""
     _, parts = build(bert)
-    data = parts.test.take(np.arange(2))
+    data = parts.test.take(np.arange(4))
     data.inputs[:] = [{name: values[:1] for name, values in row.items()} for row in data.inputs]
     parts.adapted.unread.ready(data)
     assert parts.adapted.unread.left_out_at is None
-    evaluate.logits(parts.adapted, parts.test, 7)
+    data.inputs[-1] = parts.test.inputs[3]
+    parts.adapted.unread.ready(data)
+    assert parts.adapted.unread.left_out_at is not None
+
+
+def test_a_pass_that_breaks_leaves_no_hook_behind(build):
+    _, parts = build(bert)
+
+    def hooks():
+        return sum(len(module._forward_pre_hooks) for module in parts.adapted.model.modules())
+
+    def broken(model, inputs, labels):
+        assert hooks() > before
+        raise ValueError("no such thing")
+
+    before = hooks()
+    with pytest.raises(ValueError, match="no such thing"):
+        Unread(parts.adapted, broken).ready(parts.test)
+    assert hooks() == before

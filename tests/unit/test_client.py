@@ -233,6 +233,31 @@ def test_rounds_are_counted_on_this_machine(connected, settings, own_file):
     assert connected.resident._memory.trained == 4
 
 
+@pytest.mark.parametrize("lost", ["the last line", "the file"])
+def test_a_ledger_that_lost_its_end_is_not_taken_up_again(lost, connected, settings, own_file, tmp_path):
+    private = {**settings, "strategy": {"name": "fedavg", "num_rounds": 4}, "privacy": {"noise_multiplier": 8.0}}
+    private["training"] = {**settings["training"], "head_init": "random"}
+    connected.join(private)
+    assert [type(connected.train(round)) for round in (1, 2)] == [Update, Update]
+    ledger = connected.resident._memory.ledger
+    whole = ledger.read_bytes()
+    connected.folder._lock.close()
+
+    def anew():
+        again = Connected(own_file, Folder(tmp_path / "state"))
+        again.resident.recall()
+        answer = again.join(private)
+        again.folder._lock.close()
+        return answer
+
+    assert isinstance(anew(), Update)
+    ledger.write_bytes(b"".join(whole.splitlines(keepends=True)[:1])) if lost == "the last line" else ledger.unlink()
+    refused = anew()
+    assert isinstance(refused, Failure) and "2 updates have left this machine" in refused.reason, refused
+    ledger.write_bytes(whole)
+    assert isinstance(anew(), Update)
+
+
 def test_junk_is_answered_with_a_reason(connected):
     flower_private.take_identity(1)
     junk = flower_private.stamp(Message(wire.RecordDict(), 7, "train"))
