@@ -46,6 +46,11 @@ def parser(named: Mapping[str, Command]) -> argparse.ArgumentParser:
     made["partition"].add_argument("--rows", type=int, default=40, metavar="N", help="clients shown in the table (default: 40)")
     made["report"].add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     made["report"].add_argument("--out", metavar="DIR", help="where the comparison of several runs goes")
+    made["export"].add_argument("run", metavar="RUN", help="the folder of a run that has ended")
+    made["export"].add_argument("--to", required=True, metavar="DIR", help="a new folder")
+    made["export"].add_argument("--merge", action="store_true", help="the whole model, for whoever has no PEFT")
+    made["export"].add_argument("--client", metavar="NAME", help="that client's own model, where the strategy leaves it one")
+    made["export"].add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the merged model")
     made["keys"].add_argument("folder", metavar="DIR", help="where they go; what is there already stays as it is")
     made["keys"].add_argument(
         "--server", required=True, metavar="NAME,...", help="host names or addresses that clients reach the server by"

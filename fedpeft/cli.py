@@ -166,6 +166,13 @@ def report(given: argparse.Namespace) -> None:
         print(written)
 
 
+def export(given: argparse.Namespace) -> None:
+    """give away what a run has made: its adapter, or the whole model with the adapter merged into its weights"""
+    from fedpeft.server.export import export
+
+    print(export(pathlib.Path(given.run), pathlib.Path(given.to), given.client, given.merge, given.dtype))
+
+
 def keys(given: argparse.Namespace) -> None:
     """certificates and keys for a server and its clients"""
     from fedpeft.keys import make
@@ -230,6 +237,7 @@ COMMANDS: dict[str, Command] = {
     "partition": partition,
     "privacy": privacy,
     "report": report,
+    "export": export,
     "keys": keys,
     "server": server,
     "client": client,

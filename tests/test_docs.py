@@ -23,14 +23,15 @@ def blocks(language):
 
 
 def test_the_walk_through_runs_from_the_first_line_to_the_last(tmp_path):
-    """The shell block with the CSV file, then both Python blocks, in one folder."""
-    (shell,) = [block for block in blocks("sh") if "cat > reviews.csv" in block]
+    """The shell block with the CSV file, that of the export, then both Python blocks, in one folder."""
+    shell = "".join(block for block in blocks("sh") if "cat > reviews.csv" in block or "fedpeft export" in block)
     bin_folder = pathlib.Path(sys.executable).parent
     done = subprocess.run(
         ["bash", "-euc", f"PATH={shlex.quote(str(bin_folder))}:$PATH\n{shell}"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "reviews-split" / "partition.png").is_file()
+    assert (tmp_path / "reviews-model" / "model.safetensors").is_file()
     for program in blocks("python"):
         done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

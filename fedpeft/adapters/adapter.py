@@ -145,5 +145,5 @@ class Adapter(Settings):
             self.complete(model)
         adapted = Adapted(base, model, self, train_head)
         if bases := frozen.digest(model, tuple(adapted.parameters.values())):
-            adapted.base = dataclasses.replace(base, fingerprint=f"{base.fingerprint}.{bases}")
+            adapted.base = dataclasses.replace(base, fingerprint=frozen.joined(base.fingerprint, bases))
         return adapted

@@ -30,6 +30,16 @@ def digest(model: Any, travelling: Collection[torch.nn.Parameter]) -> str:
     return sha.hexdigest()[:16] if some else ""
 
 
+def joined(fingerprint: str, bases: str) -> str:
+    """The fingerprint of a base, and of the frozen bases of the adapter on it."""
+    return f"{fingerprint}.{bases}"
+
+
+def pretrained(fingerprint: str) -> str:
+    """Of what `joined` gave, the part that is the base's own."""
+    return fingerprint.partition(".")[0]
+
+
 def _held(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of the tuner and of its layers, in the order of their names; plain dicts of tensors are looked into."""
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer

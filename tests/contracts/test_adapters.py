@@ -13,6 +13,7 @@ from fedpeft.adapters.federable import FEDERABLE, How
 from fedpeft.adapters.ln_tuning import NORMS
 from fedpeft.lookup import TABLES
 from fedpeft.server import ending
+from fedpeft.server.export import export
 from fedpeft.simulations import run as simulation
 from fedpeft.simulations.assemble import assemble
 from fedpeft.training import evaluate
@@ -148,7 +149,7 @@ def draw_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [*WORKING, *VARIANTS])
-def test_a_run_learns_something_and_stock_peft_reloads_it(name, tiny_settings, tiny_bert, tmp_path, monkeypatch):
+def test_a_run_learns_something_and_stock_peft_reloads_and_merges_it(name, tiny_settings, tiny_bert, tmp_path, monkeypatch):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
@@ -169,7 +170,11 @@ def test_a_run_learns_something_and_stock_peft_reloads_it(name, tiny_settings, t
     torch.manual_seed(999)
     model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3), run.adapter_dir).eval()
     adapted.model = model
-    np.testing.assert_allclose(ours, evaluate.logits(adapted, parts.test, 7), atol=1e-5 * max(1.0, float(np.abs(ours).max())))
+    close = 1e-5 * max(1.0, float(np.abs(ours).max()))
+    np.testing.assert_allclose(ours, evaluate.logits(adapted, parts.test, 7), atol=close)
+    export(tmp_path / "run", tmp_path / "whole", None, merge=True, dtype="float32")
+    adapted.model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole").eval()
+    np.testing.assert_allclose(ours, evaluate.logits(adapted, parts.test, 7), atol=close)
 
 
 # --- frozen bases --------------------------------------------------------------------------------------------------------
@@ -327,7 +332,7 @@ def test_the_fold_of_the_gate_is_needed(tiny_settings, tiny_bert, tmp_path, monk
 
     monkeypatch.setattr(Fora, "export", Adapter.export)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        test_a_run_learns_something_and_stock_peft_reloads_it("fora", tiny_settings, tiny_bert, tmp_path, monkeypatch)
+        test_a_run_learns_something_and_stock_peft_reloads_and_merges_it("fora", tiny_settings, tiny_bert, tmp_path, monkeypatch)
 
 
 # --- how far down training reaches ---------------------------------------------------------------------------------------
