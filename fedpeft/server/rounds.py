@@ -7,13 +7,10 @@ Before round 1 the clients may be surveyed (`training.head_init`), and the model
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import cast
+from collections.abc import Callable, Sequence
 
 from flwr.serverapp import Grid
 
@@ -26,11 +23,12 @@ from fedpeft.records import MERGED, Arrays, Assignment, Metrics, RoundRecord, Up
 from fedpeft.screen import Screen
 from fedpeft.server import checkpoint, sampling
 from fedpeft.server.asking import Judged, assign, judge
+from fedpeft.server.combining import Turnout, combine_as_they_come, combine_together
 from fedpeft.server.exchange import Exchange
 from fedpeft.server.federation import Federation, Outcome
 from fedpeft.server.private_round import private_round
 from fedpeft.server.run_folder import RunFolder
-from fedpeft.strategies.strategy import Combined, Round
+from fedpeft.strategies.strategy import Combined
 
 MAX_EMPTY_ROUNDS = 3  # rounds in a row without enough accepted updates, after which a run stops
 HELD = 32  # updates that may be at hand at once; of more, a strategy that streams sees each once, and estimates its report
@@ -116,7 +114,7 @@ def _before_training(federation: Federation, grid: Grid, outcome: Outcome) -> Ro
     for survey in federation.surveys:
         roster = _wait_for(federation)
         asked = assign(federation, survey.action, sorted(roster), outcome, 0)
-        traffic, judged = _exchange(federation, grid, asked.assignments, roster).after(traffic), Judged()
+        traffic, judged = _asking(federation, grid, roster)(asked.assignments).after(traffic), Judged()
         answers = judge(traffic, federation, lambda client, survey=survey: survey.expects, judged)  # type: ignore[misc]
         sums = arithmetic.total(answer.arrays for answer in answers)
         if not judged.accepted:
@@ -142,19 +140,21 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
         clients = sampling.choose(able, settings.fraction_train, settings.min_train_nodes, federation.config.seed, round)
     received, at = outcome.arrays, federation.at(round)
     asked = assign(federation, wire.TRAIN, clients, outcome, round)
-    traffic, judged = _exchange(federation, grid, asked.assignments, roster), Judged()
+    ask = _asking(federation, grid, roster)
+    traffic, judged = ask(asked.assignments), Judged()
     trained = federation.trains(received)
     arriving = judge(
         traffic, federation, lambda client: federation.strategy.uploads(trained, federation.at(round, client)), judged, received
     )
+    turnout = Turnout(federation, received, at, traffic, judged, ask)
     combined: Combined | None
     if private is not None:
         released = private.release(arriving, received, federation, outcome.state)
         combined, answered = federation.strategy.combine(released, received, at), judged
     elif federation.strategy.streams and len(clients) > HELD:
-        combined, answered = _combine_as_they_come(federation, arriving, received, at), judged
+        combined, answered = combine_as_they_come(turnout, arriving), judged
     else:
-        combined, answered = _combine_together(federation, grid, roster, traffic, judged, list(arriving), received, at)
+        combined, answered = combine_together(turnout, list(arriving))
     outcome.spent |= {failure.client for failure in judged.failed if failure.reason.startswith(SPENT)}
     outcome.seen |= {update.client: round - 1 for update in judged.accepted}
     for failure in judged.failed:  # it may have lost what it was sent: the next time it is sent everything
@@ -176,37 +176,10 @@ def _play(federation: Federation, grid: Grid, outcome: Outcome, round: int) -> R
     return record if private is None else private.censored(record)
 
 
-def _exchange(federation: Federation, grid: Grid, assignments: Sequence[Assignment], roster: dict[int, int]) -> Exchange:
-    return Exchange(grid, assignments, roster, federation.base, federation.config.strategy.round_timeout, federation.roster)
-
-
-def _combine_as_they_come(federation: Federation, arriving: Iterator[Update], received: Arrays, at: Round) -> Combined | None:
-    """What the strategy makes of the updates, none of which is kept; None when there are none."""
-    first = next(arriving, None)
-    if first is None:
-        return None
-    updates = itertools.chain([first], arriving)
-    del first
-    return federation.strategy.combine(cast(Sequence[Update], updates), received, at)  # it streams: it reads them once
-
-
-def _combine_together(
-    federation: Federation,
-    grid: Grid,
-    roster: dict[int, int],
-    traffic: Exchange,
-    judged: Judged,
-    updates: list[Update],
-    received: Arrays,
-    at: Round,
-) -> tuple[Combined | None, Judged]:
-    """What the strategy makes of the updates, and who is in it: of those who were asked twice, who answered twice."""
-    question = federation.strategy.second(updates, at) if len(updates) >= federation.fewest else {}
-    if question:
-        updates, judged = _ask_again(federation, grid, roster, question, traffic, judged, updates, at)
-    if len(updates) < federation.fewest:
-        return None, judged
-    return federation.strategy.combine(updates, {**received, **question}, at), judged
+def _asking(federation: Federation, grid: Grid, roster: dict[int, int]) -> Callable[[Sequence[Assignment]], Exchange]:
+    """What sends assignments to clients at their nodes in `roster`, and gives the traffic with their replies."""
+    timeout = federation.config.strategy.round_timeout
+    return lambda assignments: Exchange(grid, assignments, roster, federation.base, timeout, federation.roster)
 
 
 def _moved(before: Arrays, after: Arrays) -> float:
@@ -215,29 +188,6 @@ def _moved(before: Arrays, after: Arrays) -> float:
     lefts = [name for name in after if name not in before and name.startswith(MERGED) and name.endswith(".left")]
     merged = [Product.of(after[left], after[left.removesuffix("left") + "right"]).norm() for left in lefts]
     return math.hypot(tensors, *merged)
-
-
-def _ask_again(
-    federation: Federation,
-    grid: Grid,
-    roster: dict[int, int],
-    question: Arrays,
-    traffic: Exchange,
-    judged: Judged,
-    updates: list[Update],
-    at: Round,
-) -> tuple[list[Update], Judged]:
-    """The second question of a round, to those whose first answer was accepted; both answers become one update."""
-    first = {update.client: update for update in updates}
-    answered, again = (
-        _exchange(federation, grid, [Assignment(wire.SECOND, at.number, client, question) for client in first], roster),
-        Judged(),
-    )
-    answers = judge(answered, federation, lambda client: federation.strategy.answers(federation.at(at.number, client)), again)
-    both = [replace(first[answer.client], arrays={**first[answer.client].arrays, **answer.arrays}) for answer in answers]
-    traffic.after(answered)
-    accepted = [update for update in judged.accepted if update.client in {answer.client for answer in again.accepted}]
-    return both, Judged(accepted, judged.failed + again.failed, judged.norms, judged.seconds + again.seconds)
 
 
 def _wait_for(federation: Federation) -> dict[int, int]:
