@@ -132,6 +132,7 @@ class Failure:
     round: int
     client: int
     reason: str
+    epsilon: float | None = None  # what the client has spent so far, where it said so
 
 
 @dataclass(frozen=True)

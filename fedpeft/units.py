@@ -84,6 +84,6 @@ def headline(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     privacy = summary.get("privacy")
     if privacy:
-        said = "no guarantee: the noise was seeded" if privacy["epsilon"] is None else f"epsilon {privacy['epsilon']:.4g}"
+        said = f"noise {privacy['noise']}" if privacy["epsilon"] is None else f"epsilon {privacy['epsilon']:.4g}"
         rows.append(("privacy", f"{said} at delta {privacy['delta']:g}, unit {privacy['unit']}"))
     return rows

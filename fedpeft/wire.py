@@ -56,7 +56,8 @@ def answer_to_message(answer: Update | Failure, base: str, asked: Message) -> Me
     """What a client sends back for the message `asked`."""
     header: dict[str, Any] = {"round": answer.round, "client": answer.client, "base": base}
     if isinstance(answer, Failure):
-        return Message(_content({**header, "kind": "failure", "reason": answer.reason[:MAX_TEXT]}, {}), reply_to=asked)
+        said = {} if answer.epsilon is None else {"epsilon": answer.epsilon}
+        return Message(_content({**header, **said, "kind": "failure", "reason": answer.reason[:MAX_TEXT]}, {}), reply_to=asked)
     header |= {"kind": "update", "examples": answer.examples, "metrics": answer.metrics, "seconds": answer.seconds}
     return Message(_content(header, answer.arrays), reply_to=asked)
 
@@ -66,7 +67,7 @@ def message_to_answer(message: Message) -> tuple[Update | Failure, str]:
     header, arrays = _read(message, "update", "failure")
     round, client, base = _whole(header, "round"), _whole(header, "client"), _text(header, "base")
     if header["kind"] == "failure":
-        return Failure(round, client, _text(header, "reason")), base
+        return Failure(round, client, _text(header, "reason"), _number(header, "epsilon") if "epsilon" in header else None), base
     metrics = header.get("metrics")
     if not isinstance(metrics, dict) or not all(_is_text(key) and _is_number(value) for key, value in metrics.items()):
         raise WireError("metrics are not numbers by name")

@@ -15,6 +15,7 @@ from fedpeft.adapters.rank_space import CORE, fold
 from fedpeft.errors import Problem, UserError
 from fedpeft.products import Product
 from fedpeft.records import BESIDE, MERGED, Arrays, Layout, Pair, sparse_name
+from fedpeft.training.apart import Apart
 from fedpeft.training.prefix import Prefix
 from fedpeft.training.unread import Unread
 
@@ -55,6 +56,7 @@ class Adapted:
         self.backbone = Backbone(model, base.device)
         self.prefix = Prefix(self)  # keeps nothing until it is told to
         self.unread = Unread(self)  # nor leaves anything out
+        self.apart = Apart(self)  # nor supposes anything of the records of a batch
         self._layout = self._look()
 
     def ready(self, data: Encoded) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedpeft import arrays, seeds, wire
@@ -81,17 +82,22 @@ class Worker:
         validated = iter(self._validate(whole))
         answers: list[Update | Failure] = []
         for turn, job, trained in zip(turns, begun, came, strict=True):
+            epsilon = self._spent(job.client)
             if isinstance(trained, Failure) or isinstance(job, Failure):
-                answers.append(trained)
+                answers.append(replace(trained, epsilon=epsilon))
                 continue
             metrics = next(validated)
             metrics |= {"loss": trained.loss} if trained.loss is not None else {}
-            epsilon = self.guards[job.client].epsilon() if job.client in self.guards else math.inf
-            metrics |= {"epsilon": epsilon} if math.isfinite(epsilon) else {}
+            metrics |= {"epsilon": epsilon} if epsilon is not None else {}
             metrics |= {"fell_back": 1.0} if trained.fell_back else {}
             upload, self.memory[job.client] = self.strategy.end(turn, job.start, trained.arrays)
             answers.append(Update(job.round, job.client, upload, len(job.data), metrics, trained.seconds))
         return answers
+
+    def _spent(self, client: int) -> float | None:
+        """Epsilon of all that the client has released; None where nothing is promised."""
+        epsilon = self.guards[client].epsilon() if client in self.guards else math.inf
+        return epsilon if math.isfinite(epsilon) else None
 
     def _turn(self, assignment: Assignment) -> Turn:
         received = {**self.drawn, **self.kept, **assignment.arrays}

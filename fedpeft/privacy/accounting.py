@@ -60,7 +60,7 @@ def _epsilon(history: History, delta: float) -> float:
         accountant = PRVAccountant()
         accountant.history = [(release.sigma, release.q, release.steps) for release in history]
         try:
-            found = float(accountant.get_epsilon(delta, eps_error=EPSILON_ERROR if bound > SMALL else EPSILON_ERROR / 10))
+            found = max(0.0, float(accountant.get_epsilon(delta, eps_error=EPSILON_ERROR if bound > SMALL else EPSILON_ERROR / 10)))
         except (ValueError, OverflowError, RuntimeError):  # beyond what PRV can discretise: RDP's bound stands
             return bound
     return min(bound, found) if math.isfinite(found) else bound
@@ -102,7 +102,7 @@ def sigma_for(target: float, delta: float, q: float, steps: int, spent: History 
 
     def over(sigma: float, bound: Callable[[Iterable[Release], float], float]) -> float:
         """log(epsilon / target), above zero where sigma is too small."""
-        return math.log(bound((*spent, Release(sigma, q, steps)), delta) / target)
+        return math.log(max(bound((*spent, Release(sigma, q, steps)), delta), math.ulp(0.0)) / target)
 
     if not affordable(spent, delta, target):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fedpeft.errors import Problem, UserError
@@ -12,6 +13,7 @@ def check(config: Any, strategy: Any, adapter: Any) -> None:
     if config.privacy is None:
         return
     problems = _of_clients(config, strategy) if config.privacy.of_clients else _of_examples(config, strategy)
+    problems += _unclipped(config.privacy)
     if config.training.asks_before and config.model.build().class_statistics:
         got = f"{config.training.head_init} sums the clients' features without noise"
         problems.append(Problem("training.head_init", got, "random, with privacy"))
@@ -26,6 +28,14 @@ def check(config: Any, strategy: Any, adapter: Any) -> None:
         problems.append(Problem("data.validation_fraction", got, "0, with privacy"))
     if problems:
         raise UserError(*problems)
+
+
+def _unclipped(section: Any) -> list[Problem]:
+    key = "clipping_norm" if section.of_clients else "max_grad_norm"
+    if math.isinf(getattr(section, key)) and section.noise_multiplier != 0:
+        got = "infinite: no noise hides what is not clipped"
+        return [Problem(f"privacy.{key}", got, "a number", "infinity is for noise_multiplier: 0, to compare with a plain run")]
+    return []
 
 
 def _of_examples(config: Any, strategy: Any) -> list[Problem]:

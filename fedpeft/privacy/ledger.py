@@ -65,12 +65,16 @@ class Ledger:
         if self.path is not None:
             new = not self.path.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            if new:  # its name has to last too
-                durable.sync(self.path.parent)
-                durable.sync(self.path.parent.parent)
+            with self.path.open("ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    file.write(line)
+                    os.fsync(file.fileno())
+                    if new:  # its name has to last too
+                        durable.sync(self.path.parent)
+                        durable.sync(self.path.parent.parent)
+                except OSError:  # nothing is trained on it, and the next line follows from the one before
+                    os.truncate(self.path, before)
+                    raise
         self.history = (*self.history, release)
         self.hash = hashlib.sha256(line).hexdigest()

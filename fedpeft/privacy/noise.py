@@ -26,6 +26,9 @@ class Noise(Protocol):
     def uniform(self, count: int) -> NDArray[np.float64]:
         """`count` numbers."""
 
+    def seed(self) -> int:
+        """Of a generator whose numbers nobody else may know: dropout's masks."""
+
 
 class Secure:
     """ChaCha20 with a fresh key: nobody can draw it again, nor can a restarted process."""
@@ -42,6 +45,10 @@ class Secure:
         words = np.frombuffer(self._stream.update(bytes(8 * count)), np.uint64)
         return ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
+    def seed(self) -> int:
+        """63 bits from the operating system, others each time."""
+        return int.from_bytes(os.urandom(8), "little") >> 1
+
 
 class Insecure:
     """A generator that the run's seed determines, which whoever knows the seed can take off again."""
@@ -50,10 +57,15 @@ class Insecure:
 
     def __init__(self, seed: int, round: int, client: int) -> None:
         self._generator = seeds.generator(seed, "insecure noise", round, client)
+        self._seed = seeds.derive(seed, "insecure dropout", round, client)
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """From the seeded generator."""
         return self._generator.uniform(np.finfo(np.float64).tiny, 1.0, count)
+
+    def seed(self) -> int:
+        """From the run's seed, always the same."""
+        return self._seed
 
 
 def gaussian(source: Noise, count: int) -> NDArray[np.float64]:

@@ -19,9 +19,13 @@ Rows = dict[str, Any]
 
 
 @contextmanager
-def watching(model: Any, names: dict[str, Any]) -> Iterator[Rows]:
+def watching(model: Any, names: dict[str, Any], records: int) -> Iterator[Rows]:
     """Within the block, a backward pass of summed per-record losses fills the rows of the parameters of `names` (name ->
-    parameter), all of them of linear layers (`uncovered` names those that are not), instead of their gradients."""
+    parameter), all of them of linear layers (`uncovered` names those that are not), instead of their gradients.
+
+    Of several `records` every such layer must see one row each, or equal parts of its rows in their order (training/apart.py
+    looks); whatever it sees of a single one is that one's.
+    """
     import torch
 
     rows: Rows = {}
@@ -30,7 +34,7 @@ def watching(model: Any, names: dict[str, Any]) -> Iterator[Rows]:
     for module in model.modules():
         if type(module) is torch.nn.Linear and any(id(parameter) in by_id for parameter in module.parameters()):
             own = {slot: by_id[id(p)] for slot, p in module.named_parameters(recurse=False) if id(p) in by_id}
-            module.forward = functools.partial(_linear(), module, own, rows)  # type: ignore[method-assign]
+            module.forward = functools.partial(_linear(), module, own, rows, records)  # type: ignore[method-assign]
             watched.append(module)
     try:
         yield rows
@@ -60,23 +64,23 @@ def _linear() -> Any:
         """A linear layer whose backward pass puts rows aside and gives its parameters no gradient."""
 
         @staticmethod
-        def forward(ctx: Any, x: Any, weight: Any, bias: Any, own: dict[str, str], rows: Rows) -> Any:
+        def forward(ctx: Any, x: Any, weight: Any, bias: Any, own: dict[str, str], rows: Rows, records: int) -> Any:
             ctx.save_for_backward(x, weight)
-            ctx.own, ctx.rows = own, rows
+            ctx.own, ctx.rows, ctx.records = own, rows, records
             return functional.linear(x, weight, bias)
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
             (g,) = gradients
             x, weight = ctx.saved_tensors
-            g3, x3 = (value.reshape(len(value), -1, value.shape[-1]).float() for value in (g, x))
+            g3, x3 = (value.reshape(ctx.records, -1, value.shape[-1]).float() for value in (g, x))
             found = {"weight": lambda: torch.bmm(g3.transpose(1, 2), x3), "bias": lambda: g3.sum(dim=1)}
             for slot, name in ctx.own.items():
                 made = found[slot]()  # type: ignore[no-untyped-call]
                 ctx.rows[name] = ctx.rows[name] + made if name in ctx.rows else made
-            return (g @ weight if ctx.needs_input_grad[0] else None), None, None, None, None
+            return (g @ weight if ctx.needs_input_grad[0] else None), None, None, None, None, None
 
-    def forward(module: Any, own: dict[str, str], rows: Rows, x: Any) -> Any:
-        return Watched.apply(x, module.weight, module.bias, own, rows)  # type: ignore[no-untyped-call]
+    def forward(module: Any, own: dict[str, str], rows: Rows, records: int, x: Any) -> Any:
+        return Watched.apply(x, module.weight, module.bias, own, rows, records)  # type: ignore[no-untyped-call]
 
     return forward

@@ -18,10 +18,12 @@ ASSUMPTIONS = (
     "each step takes every example independently with probability q (Poisson sampling), which is really done",
     "no amplification by the sampling of clients is claimed",
     "the numbers of examples, q and the weights in averages are taken as public",
+    "dropout draws masks for every row of a batch alike, from a seed that stays with the client",
 )
 NOT_COVERED = (
     "the choice of settings: learning rates or strategies that were picked on the same data",
     "the server's metrics, if its test part is private too",
+    "how long a client takes, which grows with its batches: whoever sees the network sees it",
 )
 
 OF_CLIENTS = (
@@ -43,14 +45,18 @@ ACCOUNTANT = "the lower of PRV's and RDP's bounds (Opacus), over all rounds at o
 
 def reported(section: PrivacySection, epsilons: list[float]) -> dict[str, Any]:
     """What a server may say of clients whose ledgers stay with them: the largest epsilon that any of them has stated."""
+    nothing, seeded = section.noise_multiplier == 0, section.insecure_seed is not None
+    worst = max(epsilons, default=0.0)
     return {
         "unit": section.unit,
-        "epsilon": max(epsilons, default=0.0),
+        "epsilon": None if nothing or seeded else worst,
+        "epsilon_if_noise_were_secret": None if nothing else worst,
         "delta": DELTA if section.target_delta is None else section.target_delta,
         "max_grad_norm": said(section.max_grad_norm),
         "accountant": "each client's own, from its own ledger; delta is at most the one given",
+        "noise": _noise(section, 0.0 if nothing else 1.0),
         "assumptions": list(ASSUMPTIONS),
-        "not_covered": list(NOT_COVERED),
+        "not_covered": [*NOT_COVERED, "what a client was charged for and did not get to say: its own ledger has it"],
     }
 
 

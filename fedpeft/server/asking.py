@@ -77,7 +77,7 @@ def judge(
             start = {**received, **reply.asked.arrays}
             norm, reason = validation.movement(answer, start, federation.config.strategy.max_update_norm)
             judged.norms[str(answer.client)] = norm
-            answer = Failure(answer.round, answer.client, reason) if reason else answer
+            answer = validation.refused(answer, reason) if reason else answer
         if isinstance(answer, Failure):
             judged.failed.append(answer)
             continue

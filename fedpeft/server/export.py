@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import shutil
+from typing import Any
 
 from fedpeft import base
 from fedpeft.adapters.frozen import pretrained
@@ -74,7 +75,9 @@ def _merged(done: Run, folder: RunFolder, adapter: pathlib.Path, to: pathlib.Pat
         loaded = base.load(section, task, len(labels), TrainingSection(device="cpu"), config.seed)
         _check(loaded, folder)
         try:
-            model = PeftModel.from_pretrained(loaded.model.float(), str(adapter)).merge_and_unload(safe_merge=True)
+            model = PeftModel.from_pretrained(loaded.model.float(), str(adapter))
+            _untie(model)
+            model = model.merge_and_unload(safe_merge=True)
         except ValueError as error:  # numbers that are none
             raise UserError(Problem("--merge", f"PEFT refuses: {error}", do="export without --merge")) from error
         for name, head in [(name, part) for name, part in model.named_modules() if isinstance(part, ModulesToSaveWrapper)]:
@@ -85,6 +88,20 @@ def _merged(done: Run, folder: RunFolder, adapter: pathlib.Path, to: pathlib.Pat
         loaded.tokenizer.save_pretrained(str(to))
     size = sum(file.stat().st_size for file in to.iterdir())
     return f"{type(model).__name__} with the adapter merged in, {dtype}, {format_bytes(size)}"
+
+
+def _untie(model: Any) -> None:
+    """Give an adapted weight that another layer shares (tied embeddings) to the adapted layer alone: the other has no adapter."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = {id(layer.get_base_layer()): layer.get_base_layer() for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
+    weights = {id(layer.weight) for layer in adapted.values() if getattr(layer, "weight", None) is not None}
+    others = [part for part in model.modules() if id(part) not in adapted and id(part._parameters.get("weight")) in weights]
+    for part in others:
+        part.weight = torch.nn.Parameter(part.weight.detach().clone(), requires_grad=False)
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def _check(loaded: base.Base, folder: RunFolder) -> None:

@@ -203,7 +203,12 @@ def _wait_for(federation: Federation) -> dict[int, int]:
 
 
 def _is_stuck(outcome: Outcome, federation: Federation) -> bool:
-    """The last rounds, or all of a shorter run, had too few accepted updates to move anything."""
+    """The last rounds, or all of a shorter run, had too few accepted updates to move anything.
+
+    Never where whole clients are private: nobody may learn from a run's end who took part.
+    """
+    if federation.curator is not None:
+        return False
     trained = [record for record in outcome.records if record.round > 0]
     num_rounds = federation.config.strategy.num_rounds
     recent = trained[-min(MAX_EMPTY_ROUNDS, num_rounds) :]
@@ -234,9 +239,15 @@ def _record(
         update_norm=moved,
         client_update_norms=_farthest(judged.norms),
         seconds=seconds,
-        epsilon=max((update.metrics["epsilon"] for update in judged.accepted if "epsilon" in update.metrics), default=None),
+        epsilon=max(_spent(judged), default=None),
         report={**said, **_client_means(judged.accepted)},
     )
+
+
+def _spent(judged: Judged) -> list[float]:
+    """What clients say that they have spent, whether their updates were taken or not: they were seen."""
+    accepted = [update.metrics["epsilon"] for update in judged.accepted if "epsilon" in update.metrics]
+    return accepted + [failure.epsilon for failure in judged.failed if failure.epsilon is not None]
 
 
 def _farthest(norms: dict[str, float]) -> dict[str, float]:

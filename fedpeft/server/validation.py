@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from fedpeft import arrays, wire
+from fedpeft.adapters.frozen import pretrained
 from fedpeft.records import BESIDE, Arrays, Failure, Layout, TensorSpec, Update, all_finite
 from fedpeft.server.exchange import Reply
 
@@ -24,9 +25,19 @@ def judge(reply: Reply, base: str, specs: Mapping[str, TensorSpec]) -> Update | 
     except wire.WireError as error:
         return Failure(asked.round, asked.client, f"malformed: {error}")
     if isinstance(answer, Failure):
-        return Failure(asked.round, asked.client, answer.reason)
+        return Failure(asked.round, asked.client, answer.reason, _spent(answer.epsilon))
     reason = _identity(answer, trained_on, reply, base) or _content(answer, specs)
-    return Failure(asked.round, asked.client, reason) if reason else answer
+    return refused(answer, reason) if reason else answer
+
+
+def refused(update: Update, reason: str) -> Failure:
+    """What is left of an update that is not taken: its cost in privacy stands."""
+    return Failure(update.round, update.client, reason, _spent(update.metrics.get("epsilon")))
+
+
+def _spent(epsilon: float | None) -> float | None:
+    """An epsilon that a client has stated, if it is one."""
+    return epsilon if epsilon is not None and math.isfinite(epsilon) and epsilon >= 0 else None
 
 
 def _identity(update: Update, trained_on: str, reply: Reply, base: str) -> str | None:
@@ -34,7 +45,7 @@ def _identity(update: Update, trained_on: str, reply: Reply, base: str) -> str |
         return f"stale: answers round {update.round} in round {reply.asked.round}"
     if update.client != reply.asked.client:
         return f"wrong client: answers for {update.client}"
-    if trained_on != base and trained_on.partition(".")[0] == base.partition(".")[0]:
+    if trained_on != base and pretrained(trained_on) == pretrained(base):
         return f"other frozen bases of the adapter: digest {trained_on}, here {base} (the same seed, base and libraries give the same)"
     if trained_on != base:
         return f"other base model: fingerprint {trained_on}, here {base}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import pathlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -23,28 +23,37 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PRIVACY = "privacy"
+BUDGET = frozenset({"target_epsilon", "target_delta", "noise_multiplier"})  # what a budget is given by
 Costs = Mapping[str, Mapping[float, Estimate]]
 """What arms have in common -> epsilon -> the metric over the finished seeds."""
 
 
 def costs(results: Results) -> Costs:
-    """The metric by budget; nothing when the finished arms have one budget."""
-    found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """The metric by budget; nothing when the finished arms have one budget. Arms without privacy stand in every line that
+    differs from them in nothing else."""
+    found: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    plain: dict[str, list[float]] = defaultdict(list)
     for cell in results.cells:
-        if cell.run:
-            found[_apart(cell)][epsilon(cell.run)].append(cell.result("final"))
-    budgets = {budget for line in found.values() for budget in line}
-    if len(budgets) < 2:
+        if cell.run and cell.run.config[PRIVACY] is None:
+            plain[_apart(cell)].append(cell.result("final"))
+        elif cell.run:
+            found[_apart(cell), _mechanism(cell.run)][epsilon(cell.run)].append(cell.result("final"))
+    for arm, values in plain.items():
+        for line in [line for (other, _), line in found.items() if other == arm] or [found[arm, ""]]:
+            line[math.inf] += values
+    if len({budget for line in found.values() for budget in line}) < 2:
         return {}
-    return {name: {budget: estimate(line[budget]) for budget in sorted(line)} for name, line in found.items()}
+    several = Counter(arm for arm, _ in found)
+    names = {(arm, how): f"{arm}, {how}" if several[arm] > 1 else arm for arm, how in found}
+    return {names[key]: {budget: estimate(line[budget]) for budget in sorted(line)} for key, line in found.items()}
 
 
 def epsilon(run: Run) -> float:
-    """The budget of a run, or what it spent where it had none; infinite without privacy."""
+    """The budget of a run, or what it spent where it had none (what it would have, where noise was seeded); infinite without noise."""
     if run.config[PRIVACY] is None:
         return math.inf
-    spent = (run.summary[PRIVACY] or {}).get("epsilon")
-    found = run.config[PRIVACY]["target_epsilon"] or spent
+    said = run.summary[PRIVACY] or {}
+    found = run.config[PRIVACY]["target_epsilon"] or said.get("epsilon") or said.get("epsilon_if_noise_were_secret")
     return math.inf if found is None else float(found)
 
 
@@ -93,6 +102,12 @@ def _apart(cell: Cell) -> str:
     """An arm without its privacy."""
     kept = [value for key, value in cell.settings.items() if key.partition(".")[0] != PRIVACY]
     return ", ".join(kept) or "all"
+
+
+def _mechanism(run: Run) -> str:
+    """How a run was made private, its budget apart."""
+    section = {key: value for key, value in run.config[PRIVACY].items() if key not in BUDGET and value is not None}
+    return ", ".join(f"{PRIVACY}.{key}={value}" for key, value in sorted(section.items()))
 
 
 def _said(found: Estimate | None) -> str:

@@ -133,7 +133,7 @@ class CausalLM(Task):
         """With packing, the client's records in as few rows of `max_length` as come; else as they are."""
         if not self.packing:
             return data
-        packing.check(base)
+        packing.check(base, settings.max_length)
         return packing.packed(data, settings.max_length)
 
     def losses(self, model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:

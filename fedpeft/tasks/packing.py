@@ -1,7 +1,8 @@
 """Several records in one row, none of which sees another: less padding, fewer rows.
 
 Positions start again with every record, and the attention mask has a block a record. A model that lets them meet all the
-same (a convolution over time, a state that runs on) is found by trying, and refused.
+same (a convolution over time, a state that runs on) is found by trying, and refused. So is one whose layers look back no further than
+a window that records exceed: a mask given from outside takes the place of every layer's own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fedpeft.base import Base
 
 CHECKED: weakref.WeakSet[Any] = weakref.WeakSet()
+WINDOWS = ("sliding_window", "attention_chunk_size")  # what configs call the tokens that a layer looks back
 RECORD = "record_ids"  # [time]: which record of its row a token belongs to, counted from 1; 0 is padding
 
 
@@ -65,13 +67,18 @@ def apart(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return {**{name: value for name, value in inputs.items() if name != RECORD}, "attention_mask": forbidden[:, None]}
 
 
-def check(base: Base) -> None:
-    """Raises UserError when the model gives a packed record other logits than it gives the record alone. Tried once a model."""
+def check(base: Base, longest: int) -> None:
+    """Raises UserError when the model gives a packed record other logits than it gives the record alone. Tried once a model.
+
+    Where records of `longest` tokens go beyond a window of the model's attention, one that does is tried.
+    """
     import torch
 
     if base.model in CHECKED:
         return
-    lengths, vocabulary = (5, 7), base.model.config.get_text_config().vocab_size
+    config = base.model.config.get_text_config()
+    windows = [value for name in WINDOWS if isinstance(value := getattr(config, name, None), int) and value < longest]
+    lengths, vocabulary = (5, max([7, *(window + 3 for window in windows)])), config.vocab_size
     tokens = [np.arange(3, 3 + length, dtype=np.int64) * (1 + place) % vocabulary for place, length in enumerate(lengths)]
     labels = np.empty(2, dtype=object)
     labels[:] = [np.full(length, UNTRAINED) for length in lengths]
@@ -90,5 +97,8 @@ def check(base: Base) -> None:
         base.model.train(training)
     apiece = torch.cat(alone)  # the longer one stands first in the row
     if not torch.allclose(together, apiece, atol=0.02 * float(apiece.abs().max())):
-        raise UserError(Problem("model.packing", "in this model records of one row see each other", "false, with this model"))
+        got = "in this model records of one row see each other"
+        if windows:
+            got += f", or more of themselves than alone (its attention has a window of {min(windows)}, data.max_length is {longest})"
+        raise UserError(Problem("model.packing", got, "false, with this model"))
     CHECKED.add(base.model)

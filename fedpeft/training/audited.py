@@ -46,6 +46,10 @@ class Chosen:
         self._chosen = None
         return coins
 
+    def seed(self) -> int:
+        """Of no dropout: there is none while a step is looked at."""
+        return 0
+
 
 @dataclass
 class ExampleStep:

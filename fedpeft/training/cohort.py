@@ -50,6 +50,10 @@ class CohortTraining:
 
         self.config, self.adapted, self.task, self.device = setting.config, setting.adapted, setting.task, setting.adapted.base.device
         self.divisor = divisor  # of the tokens of a pass
+        self.adapted.ready(jobs[0].data)
+        self.adapted.apart.ready(jobs[0].data)
+        if self.adapted.apart.obstacle:
+            raise UnsuitedError(self.adapted.apart.obstacle)
         plans = [batches(self.config, job) for job in jobs]
         self.order = sorted(range(len(jobs)), key=lambda place: -len(plans[place]))
         self.jobs = [jobs[place] for place in self.order]
@@ -72,7 +76,6 @@ class CohortTraining:
         schedules = np.zeros((steps[0], len(self.jobs)), np.float32)
         for place, job in enumerate(self.jobs):
             schedules[: steps[place], place] = rates(self.config, len(job.data), job.round)
-        self.adapted.ready(self.jobs[0].data)
         self.adapted.model.train()
         gradients = self.trained.gradients
         assert gradients is not None
@@ -175,7 +178,7 @@ class CohortTraining:
         ended: dict[int, Trained | Failure] = {}
         for place, (job, number) in enumerate(zip(self.jobs, self.order, strict=True)):
             loss = None if self.private is not None else float(losses[: steps[place], place].mean())
-            share = self.rows[place] / max(1, sum(self.rows))
+            share = self.rows[place] / max(1, sum(self.rows)) if self.private is None else steps[place] / sum(steps)  # batches are secret
             ended[number] = Trained(self.trained.read(place, job.names), loss, steps[place], seconds * share)
         return [ended[number] for number in range(len(ended))]
 

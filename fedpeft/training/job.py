@@ -49,12 +49,18 @@ class Trained:
 
 
 def broken(job: Job, error: Exception) -> Failure:
-    """What is said of a job whose training raised `error`."""
-    return Failure(job.round, job.client, f"training broke: {error}")
+    """What is said of a job whose training raised `error`; under privacy no more than its kind, since the words may hold data."""
+    return Failure(job.round, job.client, f"training broke: {error if job.private is None else type(error).__name__}")
 
 
 def dropout_seed(config: Config, job: Job) -> int:
-    """Seed of the generator that a job's dropout masks come from."""
+    """Seed of the generator that a job's dropout masks come from.
+
+    Under privacy it is secret. A record more moves the records behind it to other masks; only who does not know the masks, which
+    are drawn alike for every row, sees the same law of what the others add, and sensitivity C.
+    """
+    if job.private is not None and not job.private.does_nothing:
+        return job.private.noise.seed()
     return seeds.derive(config.seed, "dropout", job.round, job.client)
 
 

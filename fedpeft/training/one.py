@@ -46,6 +46,8 @@ def _train_client(adapted: Adapted, task: Any, config: Config, job: Job) -> Trai
     training = config.training
     adapted.write(job.start)
     adapted.ready(job.data)
+    if job.private is not None:
+        adapted.apart.ready(job.data)
     parameters = adapted.train_only(job.names)
     trained = dict(zip(job.names, parameters, strict=True))
     steppers = optimizers(trained, job.rules, find("optimizer", training.optimizer), training.weight_decay)

@@ -20,6 +20,7 @@ from fedpeft.privacy.planning import Plan
 from fedpeft.strategies.strategy import Strategy
 from fedpeft.tasks.task import Task
 from fedpeft.training import private
+from fedpeft.training.apart import Apart
 from fedpeft.training.job import local_steps
 from fedpeft.training.prefix import Prefix
 from fedpeft.training.unread import Unread
@@ -43,12 +44,24 @@ def check(config: Config, labels: int, problems: Problems) -> None:
     with problems.gather():
         skeleton = base.skeleton(config.model, task, labels)
         adapter.check(skeleton, task.peft_task)
-        positions = getattr(skeleton.config, "max_position_embeddings", None)
+        positions = _positions(skeleton)
         if positions is not None and config.data.max_length > positions:
             got = f"{config.data.max_length} tokens are more than the model's {positions} positions"
             problems.add("data.max_length", got, do="lower it")
     with problems.gather():
         base.choose_device(config.training)
+
+
+def _positions(skeleton: Any) -> int | None:
+    """How many tokens a text may have, where the model says; RoBERTa and its kin count positions from behind the padding's."""
+    import torch
+
+    tables = (
+        part for name, part in skeleton.named_modules() if name.endswith("position_embeddings") and isinstance(part, torch.nn.Embedding)
+    )
+    skipped = max((part.padding_idx + 1 for part in tables if part.padding_idx is not None), default=0)
+    most: int | None = getattr(skeleton.config, "max_position_embeddings", None)
+    return None if most is None else most - skipped
 
 
 def prepare(config: Config, labels: int) -> Prepared:
@@ -62,6 +75,7 @@ def prepare(config: Config, labels: int) -> Prepared:
     adapted.add_sparse(strategy.sparse(adapted.layout(), config.seed))
     adapted.prefix = Prefix(adapted, task.outputs, config.training.prefix_cache, config.training.prefix_cache_gb)
     adapted.unread = Unread(adapted, task.outputs)
+    adapted.apart = Apart(adapted, task.outputs)
     surveys = {ADAPTER: adapter.survey()}
     if task.class_statistics:
         surveys = {config.training.head_init: find("head_init", config.training.head_init)(), **surveys}

@@ -18,6 +18,7 @@ from fedpeft.privacy.mechanism import Mechanism, clipped_sum, released
 from fedpeft.privacy.noise import poisson
 from fedpeft.privacy.per_example import Rows, uncovered, watching
 from fedpeft.sections import TrainingSection
+from fedpeft.training.apart import mixing
 from fedpeft.training.job import Job
 
 RowsOf = Callable[[Adapted, Any, Job, Indices, Mapping[str, Any]], Rows]
@@ -25,17 +26,14 @@ RowsOf = Callable[[Adapted, Any, Job, Indices, Mapping[str, Any]], Rows]
 
 def check(adapted: Adapted) -> None:
     """Raises UserError for a model in which the gradient of an example depends on others."""
-    import torch
-
-    for name, module in adapted.model.named_modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            got = f"{name} normalises over the examples of a batch: no example has a gradient of its own"
-            raise UserError(Problem("privacy", got, do="take a model with layer norm"))
+    if reason := mixing(adapted.model):
+        raise UserError(Problem("privacy", f"{reason}: no example has a gradient of its own", do="take another model"))
 
 
 def batch_size(adapted: Adapted, trained: Mapping[str, Any], training: TrainingSection) -> int:
-    """Records of a forward pass: one where no closed form gives their gradients."""
-    return 1 if uncovered(adapted.model, dict(trained)) else training.per_device_train_batch_size
+    """Records of a forward pass: one where no closed form tells their gradients apart."""
+    told_apart = adapted.apart.by_row and not uncovered(adapted.model, dict(trained))
+    return training.per_device_train_batch_size if told_apart else 1
 
 
 def parts(job: Job, mechanism: Mechanism, size: int) -> list[Indices]:
@@ -67,7 +65,7 @@ def into_gradients(
 def rows(adapted: Adapted, task: Any, job: Job, part: Indices, trained: Mapping[str, Any]) -> Rows:
     """The gradients of the records in `part`, [record, *shape] by parameter."""
     if not uncovered(adapted.model, dict(trained)):
-        with watching(adapted.model, dict(trained)) as found:
+        with watching(adapted.model, dict(trained), len(part)) as found:
             _losses(adapted, task, job, part).sum().backward()
         return found
     import torch

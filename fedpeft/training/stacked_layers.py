@@ -14,6 +14,7 @@ import numpy as np
 
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.records import SPARSE
+from fedpeft.training.apart import mixing
 from fedpeft.training.masks import UnsuitedError
 from fedpeft.training.stacked import Own
 from fedpeft.training.stacked_forms import ADAPTERS, WHOLE, Form
@@ -64,13 +65,8 @@ class Served(NamedTuple):
 
 def obstacle(adapted: Adapted) -> str | None:
     """Why the model of `adapted` cannot train many clients in one pass; None where it can."""
-    import torch
-
-    for name, module in adapted.model.named_modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            return f"{name} normalises over the rows of a batch"
-        if hasattr(module, "expert_capacity"):
-            return f"{name} routes the rows of a batch to experts of bounded capacity"
+    if reason := mixing(adapted.model):
+        return reason
     if any(name.startswith(SPARSE) for name in adapted.parameters):
         return "values train inside frozen weights"
     try:

@@ -272,7 +272,7 @@ def test_a_layer_that_does_not_keep_rows_apart_falls_back(tiny_settings, caplog)
     layer = parts.adapted.base.model.bert.encoder.layer[0]
     forward = layer.forward
     layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].transpose(0, 1), *inputs[1:]))
-    layer.forward = lambda states, *args, **named: forward(functional.dropout(states, 0.1).transpose(0, 1), *args, **named)
+    layer.forward = lambda states, *args, **named: forward(functional.dropout(states, 0.1, layer.training).transpose(0, 1), *args, **named)
     falls_back(parts, config, caplog, "which is not one entry a row")
 
 
@@ -294,7 +294,7 @@ def test_an_optimizer_without_a_stacked_form_falls_back(tiny_settings, caplog, t
 def test_a_model_with_randomness_of_its_own_falls_back(tiny_settings, caplog):
     config, parts = build(tiny_settings)
     layer = parts.adapted.base.model.bert.encoder.layer[0]
-    layer.register_forward_hook(lambda layer, inputs, output: output + 1e-3 * torch.randn(()))
+    layer.register_forward_hook(lambda layer, inputs, output: output + 1e-3 * torch.randn(()) if layer.training else output)
     falls_back(parts, config, caplog, "random numbers of its own")
 
 

@@ -228,7 +228,7 @@ def test_rows_are_one_backward_pass_a_record(kind, targets, own, frozen):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     assert not per_example.uncovered(model, names)
-    with per_example.watching(model, names) as rows:
+    with per_example.watching(model, names, 5) as rows:
         losses(torch.arange(5)).sum().backward()
     assert all(parameter.grad is None for parameter in names.values())
     for record in range(5):
@@ -244,12 +244,12 @@ def test_rows_under_gradient_checkpointing(reentrant):
 
     model, losses = peft_model("bert", ["query", "value"])
     names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with per_example.watching(model, names) as plain:
+    with per_example.watching(model, names, 5) as plain:
         losses(torch.arange(5)).sum().backward()
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.base_model.model.enable_input_require_grads()
     model.train()
-    with per_example.watching(model, names) as rows:
+    with per_example.watching(model, names, 5) as rows:
         losses(torch.arange(5)).sum().backward()
     for name in names:
         torch.testing.assert_close(rows[name], plain[name], rtol=1e-4, atol=1e-6)
@@ -261,7 +261,7 @@ def test_rows_are_those_of_opacus():
 
     model, losses = peft_model("bert", ["query", "value"])
     names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with per_example.watching(model, names) as rows:
+    with per_example.watching(model, names, 5) as rows:
         losses(torch.arange(5)).sum().backward()
     hooked = GradSampleModule(model.train(), loss_reduction="sum")
     losses(torch.arange(5)).sum().backward()
