@@ -66,6 +66,26 @@ def test_a_language_model_is_merged_over_the_base_that_the_run_had(tiny_lm_setti
         torch.testing.assert_close(merged[name], weight, atol=1e-6, rtol=0)
 
 
+def test_an_embedding_that_is_also_the_output_layer_is_merged_alone(tiny_lm_settings, tmp_path):
+    """Tied weights: the adapter changes what is read, not what is written."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    place = tiny_lm_settings["model"]["name"]
+    config = LlamaConfig.from_pretrained(place, tie_word_embeddings=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(place).save_pretrained(tmp_path / "base")
+    settings = {**tiny_lm_settings, "model": {**tiny_lm_settings["model"], "name": str(tmp_path / "base"), "samples": 0}}
+    settings["adapter"] = {"name": "lora", "r": 4, "target_modules": ["embed_tokens", "q_proj"]}
+    run = simulate(Config.from_dict({**settings, "training": {**settings["training"], "learning_rate": 0.05}}), tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "whole", None, merge=True, dtype="float32")
+    parts = assemble(Config.from_dict(settings))
+    parts.adapted.model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    found = parts.task.measure(evaluate.of_every_record(parts.adapted, parts.test, 7, parts.task.outputs), parts.test.labels)
+    assert found["loss"] == pytest.approx(run.summary["metrics"]["loss"], rel=1e-4)
+
+
 def test_half_precision_is_written_when_asked_for(run, tmp_path):
     export(tmp_path / "run", tmp_path / "whole", None, merge=True, dtype="bfloat16")
     assert {value.dtype for value in load_file(tmp_path / "whole" / "model.safetensors").values()} == {torch.bfloat16}

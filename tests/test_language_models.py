@@ -166,6 +166,26 @@ def test_a_model_whose_records_meet_in_a_row_is_refused(tiny_lm_settings, monkey
         parts_of(tiny_lm_settings, model={"packing": True, "name": tiny_lm_settings["model"]["name"]})
 
 
+@pytest.mark.parametrize(("longest", "right"), [(8, True), (24, False)])
+def test_records_beyond_a_window_of_the_models_attention_are_not_packed(longest, right, tiny_lm_settings, tiny_llama, tmp_path):
+    """The mask that keeps records apart takes the place of the window: alone a record is read otherwise."""
+    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        config = MistralConfig(vocab_size=len(tokenizer), sliding_window=8, bos_token_id=0, eos_token_id=1, **small)
+        MistralForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    ours = {"model": {"packing": True, "name": str(tmp_path / "base")}, "data": {"max_length": longest}}
+    if right:
+        assert parts_of(tiny_lm_settings, **ours)
+    else:
+        with pytest.raises(UserError, match=r"model.packing: .* a window of 8, data.max_length is 24"):
+            parts_of(tiny_lm_settings, **ours)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_completion_does_not_depend_on_batch_mates(kind, tiny_lm_settings, tiny_llama, tmp_path):
     """Prompts are padded on the left, where positions must not count the padding."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft import Config, simulate
+from fedpeft import Config, UserError, simulate
 from fedpeft.simulations.assemble import assemble
 from fedpeft.training import evaluate
 
@@ -212,3 +212,17 @@ def test_states_kept_of_the_frozen_layers_change_nothing(make, tiny_settings, ti
     for mine, theirs in zip(ended, many.train(parts.adapted, parts.task, config, jobs), strict=True):
         for name in theirs.arrays:
             np.testing.assert_allclose(mine.arrays[name], theirs.arrays[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(("make", "longest"), [(roberta, 62), (bert, 64)])
+def test_texts_longer_than_a_models_positions_are_refused(make, longest, tiny_settings, tiny_bert, tmp_path):
+    """RoBERTa's positions are counted from behind that of padding: two of its 64 are no text's."""
+    saved(make, tiny_bert, tmp_path / "base")
+    settings = {
+        **tiny_settings,
+        "model": {"name": str(tmp_path / "base")},
+        "adapter": {"name": "lora", "r": 4, "target_modules": ["query"]},
+    }
+    assert assemble(Config.from_dict({**settings, "data": {**settings["data"], "max_length": longest}}))
+    with pytest.raises(UserError, match=rf"^data.max_length: {longest + 1} tokens are more than the model's {longest} positions"):
+        assemble(Config.from_dict({**settings, "data": {**settings["data"], "max_length": longest + 1}}))

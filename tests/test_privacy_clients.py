@@ -104,6 +104,16 @@ def test_without_noise_and_clipping_the_run_is_the_one_without_privacy_bit_for_b
     json.loads((tmp_path / "a" / "summary.json").read_text(), parse_constant=lambda said: pytest.fail(f"{said} is no JSON"))
 
 
+def test_when_a_run_ends_says_nothing_of_who_took_part(settings, tmp_path):
+    """Three rounds without one accepted update end a run in which clients have nothing to hide."""
+    strategy = {"num_rounds": 5, "max_update_norm": 1e-9}
+    result, lines = run(settings, tmp_path / "run", strategy=strategy)
+    assert [line["accepted"] for line in lines[1:]] == [0] * 5
+    assert (result.summary["rounds_completed"], result.summary["privacy"]["rounds"]) == (5, 5)
+    plain, _ = run(settings, tmp_path / "plain", strategy=strategy, privacy=None)
+    assert plain.summary["rounds_completed"] == 3
+
+
 def test_rounds_that_ask_nobody_release_noise_and_are_charged(settings, tmp_path):
     privacy = {**settings["privacy"], "amplification": True}
     result, lines = run(settings, tmp_path / "run", privacy=privacy, strategy={"num_rounds": 6, "fraction_train": 0.001})

@@ -8,12 +8,13 @@ import torch
 from hearing import noise_heard
 
 from fedpeft import Config, UserError, simulate
+from fedpeft.privacy import statement
 from fedpeft.privacy.accounting import Release, epsilon
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.privacy.mechanism import Mechanism
 from fedpeft.privacy.noise import Insecure, Secure
 from fedpeft.simulations.assemble import assemble
-from fedpeft.training import one, private
+from fedpeft.training import many, one, private
 from fedpeft.training.job import Job
 
 
@@ -229,3 +230,64 @@ def test_the_plan_is_printed_before_anything_is_trained(settings, tmp_path, caps
     assert "sigma" in said
     assert said.count("2.9") >= 3
     assert main(["privacy", "plan", str(tmp_path / "c.yaml"), "privacy=null"]) == 2
+
+
+def stated_by_a_server(settings, lines):
+    """What a real server says: it has no ledgers, only what clients have told it."""
+    config = Config.from_dict(settings)
+    return statement.reported(config.privacy, [line["epsilon"] for line in lines if line["epsilon"] is not None])
+
+
+def test_a_server_without_ledgers_counts_updates_that_it_rejected(settings, tmp_path):
+    """Whoever reads along has seen them."""
+    strategy = {"num_rounds": 3, "max_update_norm": 1e-9}
+    result, lines = run(settings, tmp_path / "run", strategy=strategy)
+    assert [line["accepted"] for line in lines[1:]] == [0, 0, 0]
+    assert stated_by_a_server(settings, lines)["epsilon"] == pytest.approx(result.summary["privacy"]["epsilon"])
+
+
+def test_a_server_counts_a_client_that_was_charged_and_broke(settings, tmp_path, monkeypatch):
+    def breaks(*arguments):
+        raise RuntimeError("secret words of a text")
+
+    monkeypatch.setattr(private, "into_gradients", breaks)
+    result, lines = run_quietly(settings, tmp_path / "run")
+    assert stated_by_a_server(settings, lines)["epsilon"] == pytest.approx(result.summary["privacy"]["epsilon"])
+    assert lines[1]["rejected_clients"]["0"] == "training broke: RuntimeError"
+
+
+def run_quietly(settings, out):
+    result = simulate(Config.from_dict(settings), out)
+    return result, [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("privacy", "noise"),
+    [({"noise_multiplier": 0.0}, "none: NO guarantee"), ({"noise_multiplier": 2.0, "insecure_seed": 3}, "seeded with 3: NO guarantee")],
+)
+def test_a_server_states_no_epsilon_where_there_is_none(privacy, noise, settings, tmp_path):
+    _, lines = run(settings, tmp_path / "run", privacy=privacy)
+    said = stated_by_a_server({**settings, "privacy": privacy}, lines)
+    assert (said["epsilon"], said["noise"]) == (None, noise)
+    assert (said["epsilon_if_noise_were_secret"] is None) == (privacy["noise_multiplier"] == 0)
+
+
+def test_shares_of_the_time_say_nothing_of_batches(settings):
+    """Clients of a cohort divide its time by their steps: how many records each drew is secret."""
+    config = Config.from_dict({**settings, "training": {**settings["training"], "engine": "many"}})
+    parts = assemble(config)
+    jobs = [
+        Job(client, 1, parts.adapted.read(), parts.adapted.trained, node.train, private=parts.worker.guards[client].begin(1))
+        for client, node in parts.worker.nodes.items()
+    ]
+    times = [trained.seconds for trained in many.train(parts.adapted, parts.task, config, jobs)]
+    assert times[0] > 0 and times == pytest.approx([times[0]] * 3)
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [{"noise_multiplier": 2.0, "max_grad_norm": float("inf")}, {"unit": "client", "target_epsilon": 3, "clipping_norm": float("inf")}],
+)
+def test_noise_for_what_is_not_clipped_is_refused(privacy, settings):
+    with pytest.raises(UserError, match="infinite: no noise hides what is not clipped"):
+        Config.from_dict({**settings, "privacy": privacy})

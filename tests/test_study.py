@@ -432,6 +432,30 @@ def test_what_privacy_costs_is_a_row_for_arms_that_differ_in_nothing_else(tmp_pa
     assert (tmp_path / "epsilon.png").stat().st_size > 10_000
 
 
+def test_arms_that_are_private_in_other_ways_share_no_cell(tmp_path):
+    """Noise levels that were seeded are told apart by what they would cost; clipping norms are other lines, beside the same plain arm."""
+
+    def cell(section, accuracy, epsilon):
+        summary = {"primary_metric": "accuracy", "metrics": {"accuracy": accuracy}, "privacy": section and {"epsilon": None, **epsilon}}
+        given = {"target_epsilon": None, "noise_multiplier": None, "insecure_seed": None, "max_grad_norm": 1.0, **(section or {})}
+        settings = {"strategy.name": "fedavg", **{f"privacy.{key}": str(value) for key, value in (section or {}).items()}}
+        return Cell("fedavg", settings, 0, Run(tmp_path, summary, (), {"privacy": section and given}))
+
+    plain = cell(None, 0.9, {})
+    seeded = [
+        cell({"noise_multiplier": s, "insecure_seed": 1}, a, {"epsilon_if_noise_were_secret": e})
+        for s, a, e in ((8, 0.3, 0.5), (4, 0.4, 1.5))
+    ]
+    line = study_epsilon.costs(Results("name", [plain, *seeded]))["fedavg"]
+    assert {budget: found.mean for budget, found in line.items()} == {0.5: 0.3, 1.5: 0.4, math.inf: 0.9}
+    norms = [cell({"target_epsilon": 3.0, "max_grad_norm": C}, accuracy, {}) for C, accuracy in ((0.1, 0.4), (10.0, 0.8))]
+    lines = study_epsilon.costs(Results("name", [plain, *norms]))
+    assert {name: {budget: found.mean for budget, found in line.items()} for name, line in lines.items()} == {
+        "fedavg, privacy.max_grad_norm=0.1": {3.0: 0.4, math.inf: 0.9},
+        "fedavg, privacy.max_grad_norm=10.0": {3.0: 0.8, math.inf: 0.9},
+    }
+
+
 def test_arms_of_one_budget_have_no_such_row(study, tmp_path):
     code, _, said = study("strategy.num_rounds=1", *TWO_ARMS)
     assert code == 0, said

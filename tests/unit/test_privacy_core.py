@@ -123,6 +123,31 @@ def test_a_kill_right_after_the_reservation_is_counted(tmp_path):
 # --- noise -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_reservation_that_cannot_be_written_is_not_there(tmp_path, monkeypatch):
+    """A full disk once: the next one follows from the one before, in the file as in memory."""
+    import os
+
+    ledger = Ledger(tmp_path / "ledger" / "a.jsonl")
+    ledger.reserve(1, Release(2.0, 0.1, 5))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            ledger.reserve(2, Release(2.0, 0.1, 5))
+    ledger.reserve(2, Release(3.0, 0.1, 5))
+    assert Ledger(ledger.path).history == ledger.history == (Release(2.0, 0.1, 5), Release(3.0, 0.1, 5))
+
+
+def full(number):
+    raise OSError(28, "No space left on device")
+
+
+def test_large_deltas_need_hardly_any_noise_and_no_negative_epsilon():
+    assert epsilon([Release(1, 0.1, 1)], 0.3) == 0.0
+    for target, delta, q in ((1.0, 0.3, 0.1), (0.5, 0.4, 0.5)):
+        sigma = sigma_for(target, delta, q, 1)
+        assert sigma > 0 and epsilon([Release(sigma, q, 1)], delta) <= target
+
+
 @pytest.mark.parametrize("source", [noise.Secure(), noise.Insecure(0, 1, 2)])
 def test_noise_is_a_standard_gaussian(source):
     from scipy.stats import kstest
