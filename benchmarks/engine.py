@@ -51,7 +51,7 @@ from contest import Case, Contest, farthest, write_llama  # noqa: E402
 RESULTS = pathlib.Path(__file__).parent / "results"
 CONTESTANTS = ("loop", "many", "floor")
 STEPS = {8: 2}  # of a client; one where there are more clients
-WHOLE = {8: (10, 6)}  # steps and rounds of a whole run; one and two where there are more clients
+WHOLE = {8: (10, 6), 32: (5, 3), 128: (2, 2)}  # steps and rounds of a whole run, some 500 steps of a client in all
 SMALL = 128  # examples a step, up to which differences are looked into
 SHAPE = {"cpu": "small", "cuda": "1b"}
 
