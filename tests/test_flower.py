@@ -98,6 +98,33 @@ def test_a_strategy_runs_under_flowers_own_start(name):
     assert "aggregation_error" in result.train_metrics_clientapp[2]
 
 
+SCALING = 2.0
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex_lora", "fedsmooth_lora", "slora"])
+def test_a_strategy_that_merges_has_to_know_the_scaling(name):
+    with pytest.raises(UserError, match=rf"^scaling: none, and {name} moves part of the update .* lora_alpha / r"):
+        flower(name)
+
+
+def test_what_is_merged_is_in_units_of_the_weights():
+    """The whole update of FLoRA, s B A and what is merged, is the mean of the clients' s B A."""
+    app, came = ClientApp(), []
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        draw = np.random.default_rng(context.node_id)
+        arrays = {name: draw.normal(size=initial()[name].shape) for name in message.content["config"]["uploads"]}
+        came.append(arrays)
+        record = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+        return Message(RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 10})}), reply_to=message)
+
+    arrays, _, _ = play(flower("flora", scaling=SCALING), app, num_rounds=1)
+    (left,) = (name for name in arrays if name.endswith(".left"))
+    whole = arrays[left] @ arrays[left.removesuffix("left") + "right"] + SCALING * arrays[B] @ arrays[A]
+    np.testing.assert_allclose(whole, np.mean([SCALING * one[B] @ one[A] for one in came], axis=0), atol=1e-9)
+
+
 def client_app_with_a_half(strategy, rate=0.5):
     """An app whose clients call their half of `strategy`: gradients are noise, a step is plain descent."""
     app, memories, turns = ClientApp(), {}, {}
@@ -109,7 +136,7 @@ def client_app_with_a_half(strategy, rate=0.5):
         if config.get("action") == "second":
             upload = strategy.answer(replace(turns[node], memory=memories[node]), received)
         else:
-            layout = layout_of({**initial(), **{n: a for n, a in received.items() if n.startswith("sparse.")}})
+            layout = layout_of({**initial(), **{n: a for n, a in received.items() if n.startswith("sparse.")}}, SCALING)
             at = Round(config["server-round"], 3, layout, 0, CLIENTS)
             turns[node] = turn = Turn(at, initial() | received, memories.get(node, {}), lambda arrays, batches: iter(()), rate)
             start, drift = strategy.begin(turn), strategy.drift(turn)
@@ -128,7 +155,7 @@ def client_app_with_a_half(strategy, rate=0.5):
     ("name", "own"), [("fed_ask", {}), ("scaffold", {}), ("fedsa_lora", {}), ("slora", {"warmup_rounds": 1}), ("flora", {})]
 )
 def test_a_strategy_with_a_half_at_the_client_runs_in_an_app_that_calls_it(name, own):
-    strategy = flower(name, **own)
+    strategy = flower(name, scaling=SCALING, **own)
     arrays, _, grid = play(strategy, client_app_with_a_half(strategy.strategy), num_rounds=3)
     before = initial()
     assert not np.array_equal(arrays[A], before[A])

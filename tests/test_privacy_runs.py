@@ -291,3 +291,31 @@ def test_shares_of_the_time_say_nothing_of_batches(settings):
 def test_noise_for_what_is_not_clipped_is_refused(privacy, settings):
     with pytest.raises(UserError, match="infinite: no noise hides what is not clipped"):
         Config.from_dict({**settings, "privacy": privacy})
+
+
+def test_who_has_spent_its_budget_is_not_forgotten_by_a_restart(settings, tmp_path, monkeypatch):
+    """Who is asked depends on it: the run is the same, however often it was interrupted."""
+    from fedpeft.server import rounds
+
+    own = {
+        "partition": {"name": "quantity", "clients": 6, "alpha": 1.0, "min_examples": 6},
+        "strategy": {"name": "ffa_lora", "num_rounds": 10, "fraction_train": 0.5},
+        "privacy": {"noise_multiplier": 1.5, "target_epsilon": 2.2, "target_delta": 1e-5, "insecure_seed": 1},
+    }
+    whole, lines = run(settings, tmp_path / "whole", **own)
+    first = next(line["round"] for line in lines if any("spent" in said for said in line["rejected_clients"].values()))
+    finish = rounds._finish_round
+
+    def stops(*arguments):
+        finish(*arguments)
+        if arguments[2].round == first:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rounds, "_finish_round", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, tmp_path / "again", **own)
+    resumed = simulate(Config.from_dict({**settings, **own}), tmp_path / "again", resume=True)
+    again = [json.loads(line) for line in (tmp_path / "again" / "rounds.jsonl").read_text().splitlines()]
+    assert [(line["asked"], line["accepted"]) for line in again] == [(line["asked"], line["accepted"]) for line in lines]
+    assert all(np.array_equal(whole.arrays[name], resumed.arrays[name]) for name in whole.arrays)

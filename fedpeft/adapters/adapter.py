@@ -73,6 +73,11 @@ class Adapter(Settings):
         """Tensors that stay as every client drew them under the global `arrays`: they neither train nor travel."""
         return frozenset()
 
+    @property
+    def plain_steps(self) -> bool:
+        """Every tensor moves by the run's optimiser, at the run's rate."""
+        return True
+
     def rules(self, layout: Layout, start: Arrays) -> Rules:
         """How single tensors are trained in a turn that begins at `start`."""
         return Rules()

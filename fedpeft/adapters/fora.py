@@ -109,6 +109,11 @@ class Fora(LoraLike):
         left_out = {layer for layer, adapts in zip(stacks(layout), arrays[CHOICE][1], strict=True) if not adapts}
         return frozenset(name for name in layout.tensors if name not in layout.head and layer_of(name) in left_out)
 
+    @property
+    def plain_steps(self) -> bool:
+        """B does not, unless it may leave the manifold."""
+        return not self.orthonormal
+
     def rules(self, layout: Layout, start: Arrays) -> Rules:
         """B on the manifold, at its own rate."""
         if not self.orthonormal:

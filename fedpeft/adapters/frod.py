@@ -42,6 +42,11 @@ class Frod(Plain):
         """PEFT's, without the ratio of the rates, which is ours."""
         return {name: value for name, value in super().peft_settings().items() if name != "s_rate_factor"}
 
+    @property
+    def plain_steps(self) -> bool:
+        """S does not, unless its rate is set to that of the rest."""
+        return self.s_rate_factor == 1
+
     def rules(self, layout: Layout, start: Arrays) -> Rules:
         """The slower rate of S."""
         return Rules(factors={name: self.s_rate_factor for name in layout.tensors if name.endswith(S_VALUES)})

@@ -13,13 +13,14 @@ from fedpeft.client.node import Node
 from fedpeft.config import Config
 from fedpeft.lookup import TABLES, find
 from fedpeft.privacy.guard import Guard
-from fedpeft.records import Arrays, Assignment, Failure, Metrics, Update, merged_round
+from fedpeft.records import Arrays, Assignment, Failure, Metrics, Update, all_finite, merged_round
 from fedpeft.strategies.strategy import Gradients, Round, Strategy, Turn
 from fedpeft.training import evaluate, memory
 from fedpeft.training.gradients import full_gradients
 from fedpeft.training.job import BREAKS, Job, Trained, step_sizes
 
 FEWEST, MOST = 32, 256  # clients of a cohort
+NOT_FINITE = "not finite: a tensor (did the training diverge? lower training.learning_rate)"
 
 
 class Worker:
@@ -90,7 +91,11 @@ class Worker:
             metrics |= {"loss": trained.loss} if trained.loss is not None else {}
             metrics |= {"epsilon": epsilon} if epsilon is not None else {}
             metrics |= {"fell_back": 1.0} if trained.fell_back else {}
-            upload, self.memory[job.client] = self.strategy.end(turn, job.start, trained.arrays)
+            upload, memory = self.strategy.end(turn, job.start, trained.arrays)
+            if not (all_finite(upload) and all_finite(memory)):  # one such turn is not remembered: the client would be lost for good
+                answers.append(Failure(job.round, job.client, NOT_FINITE, epsilon))
+                continue
+            self.memory[job.client] = memory
             answers.append(Update(job.round, job.client, upload, len(job.data), metrics, trained.seconds))
         return answers
 

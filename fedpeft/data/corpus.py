@@ -50,12 +50,12 @@ def load(data: DataSection, task: Reading, seed: int) -> Corpus:
     hold nothing are skipped.
     """
     splits = _rows(data)
+    for split, rows in splits.items():
+        _check_columns(rows, data, task, split)
+    names = tuple(data.labels) if data.labels else _label_names(splits["train"], data, task)  # of all rows: some may have no example left
     if data.max_examples is not None and data.max_examples < len(splits["train"]):
         kept = np.sort(seeds.generator(seed, "max_examples").choice(len(splits["train"]), data.max_examples, replace=False))
         splits = {**splits, "train": [splits["train"][row] for row in kept]}
-    for split, rows in splits.items():
-        _check_columns(rows, data, task, split)
-    names = tuple(data.labels) if data.labels else _label_names(splits["train"], data, task)
     parts = {split: _examples(rows, data, task, names, split) for split, rows in splits.items()}
     if "test" in parts:
         corpus = Corpus(parts["train"], parts["test"])
@@ -117,16 +117,19 @@ def _check_columns(rows: Sequence[Row], data: DataSection, task: Reading, split:
                 ", ".join(sorted(there)),
                 "name the column under data.columns",
             )
+    own = (data.columns.label, data.columns.client, data.columns.domain)
+    used = {*wanted.values(), *(column for column in own if column is not None and column in there)}
     for number, row in enumerate(rows, 1):
-        if not problems.found and (lost := [column for column in wanted.values() if column not in row]):
+        if not problems.found and (lost := sorted(column for column in used if column not in row)):
             problems.add("data.name", f'row {number} of the {split} rows of {data.name} has no "{lost[0]}"')
     problems.raise_if_any()
 
 
 def _label_names(rows: Sequence[Row], data: DataSection, task: Reading) -> tuple[str, ...]:
-    """The classes that occur: numbers in their order, anything else by name."""
-    column = data.columns.label
-    values = {name for row in rows if column in row for name in task.classes(row[column])} - MISSING
+    """The classes that occur in rows that hold something: numbers in their order, anything else by name."""
+    column, roles = data.columns.label, task.roles(data.columns)
+    there = (row[column] for row in rows if column in row and not _empty(row, roles, task))
+    values = {name for cell in there if cell == cell for name in task.classes(cell)} - MISSING  # not a number is not itself
     numbers = all(re.fullmatch(r"-?(0|[1-9]\d*)", value) for value in values)
     return tuple(sorted(values, key=int if numbers else None))
 

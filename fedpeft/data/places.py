@@ -25,6 +25,7 @@ Splits = Mapping[str, Rows]
 """Rows by split: "train", and "test" when the place has one of its own."""
 
 HELD_OUT = re.compile(r"(test|validation|valid|dev|eval)(?![a-z])", re.IGNORECASE)
+LONGEST_CELL = 2**31 - 1  # characters
 TEST, TRAIN = re.compile(r"test(?![a-z])", re.IGNORECASE), re.compile(r"train(?![a-z])", re.IGNORECASE)
 
 
@@ -109,8 +110,12 @@ def _open(path: pathlib.Path) -> IO[str]:
 
 
 def _read_csv(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(LONGEST_CELL)  # of this process
     with _open(path) as file:
         reader = csv.DictReader(file, delimiter="\t" if _ending(path) == ".tsv" else ",", strict=True)
+        header = list(reader.fieldnames or ())
+        if twice := [name for name in header if header.count(name) > 1]:
+            raise ValueError(f'the header names "{twice[0]}" twice')
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(f"line {reader.line_num} has not as many cells as the header")
@@ -122,7 +127,7 @@ def _read_json(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     with _open(path) as file:
         text = file.read()
     whole = json.loads(text) if text.lstrip().startswith("[") else None
-    lines = text.splitlines()
+    lines = text.split("\n")  # and nowhere else: U+2028 and its kin may stand inside a text
     for number, row in enumerate(whole if whole is not None else (json.loads(line) for line in lines if line.strip()), 1):
         if not isinstance(row, dict):
             raise ValueError(f"entry {number} is no object")
@@ -152,7 +157,9 @@ def _named(row: dict[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
     import datasets
 
     named = {column: feature for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
-    return row | {column: feature.int2str(row[column]) if row[column] >= 0 else None for column, feature in named.items()}
+    return row | {
+        column: feature.int2str(code) if (code := row[column]) is not None and code >= 0 else None for column, feature in named.items()
+    }
 
 
 READERS: dict[str, Callable[[pathlib.Path], Iterator[dict[str, Any]]]] = {

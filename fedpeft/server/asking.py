@@ -75,7 +75,8 @@ def judge(
         answer = validation.judge(reply, federation.base, specs(reply.asked.client))
         if isinstance(answer, Update) and received is not None:
             start = {**received, **reply.asked.arrays}
-            norm, reason = validation.movement(answer, start, federation.config.strategy.max_update_norm)
+            most, may_stay = federation.config.strategy.max_update_norm, federation.strategy.personal
+            norm, reason = validation.movement(answer, start, most, may_stay)
             judged.norms[str(answer.client)] = norm
             answer = validation.refused(answer, reason) if reason else answer
         if isinstance(answer, Failure):

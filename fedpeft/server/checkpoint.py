@@ -33,6 +33,7 @@ class Checkpoint:
     clients: Arrays  # what simulated clients remember
     base: str = ""  # fingerprint of the base model
     data: str = ""  # digest of the data
+    spent: frozenset[int] = frozenset()  # clients whose privacy budget allows no further round
 
 
 def write(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
@@ -46,7 +47,13 @@ def write(folder: pathlib.Path, checkpoint: Checkpoint) -> None:
     files = {f"{name}.safetensors": durable.tensors(arrays) for name, arrays in parts.items()}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files["state.json"] = json.dumps(
-        {"round": checkpoint.round, "base": checkpoint.base, "data": checkpoint.data, "sha256": hashes}
+        {
+            "round": checkpoint.round,
+            "base": checkpoint.base,
+            "data": checkpoint.data,
+            "spent": sorted(checkpoint.spent),
+            "sha256": hashes,
+        }
     ).encode()
     for name, data in files.items():
         durable.write(beside / name, data)
@@ -67,7 +74,7 @@ def latest(folder: pathlib.Path) -> Checkpoint | None:
             continue
         if all(hashlib.sha256(data[name]).hexdigest() == expected for name, expected in state["sha256"].items()):
             arrays, strategy, clients = (load(data[f"{name}.safetensors"]) for name in ("arrays", "strategy", "clients"))
-            return Checkpoint(state["round"], arrays, strategy, clients, state["base"], state["data"])
+            return Checkpoint(state["round"], arrays, strategy, clients, state["base"], state["data"], frozenset(state["spent"]))
     return None
 
 

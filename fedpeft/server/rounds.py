@@ -78,7 +78,7 @@ def _resumed(federation: Federation, folder: RunFolder) -> Outcome | None:
         )
     _check_ledgers(federation, records)
     federation.restore(kept.clients)
-    return Outcome(kept.arrays, kept.strategy, records)
+    return Outcome(kept.arrays, kept.strategy, records, spent=set(kept.spent))
 
 
 def _check_ledgers(federation: Federation, records: Sequence[RoundRecord]) -> None:
@@ -93,7 +93,8 @@ def _check_ledgers(federation: Federation, records: Sequence[RoundRecord]) -> No
 def _finish_round(federation: Federation, outcome: Outcome, record: RoundRecord, folder: RunFolder, screen: Screen) -> None:
     """Record first, checkpoint second: a line without its checkpoint is dropped on resume, and the round is played again."""
     outcome.records.append(record)
-    whole = checkpoint.Checkpoint(record.round, outcome.arrays, outcome.state, federation.memories(), federation.base, federation.data)
+    known = (federation.memories(), federation.base, federation.data, frozenset(outcome.spent))
+    whole = checkpoint.Checkpoint(record.round, outcome.arrays, outcome.state, *known)
     try:
         folder.append(record)
         checkpoint.write(folder.checkpoint, whole)

@@ -66,14 +66,14 @@ def _content(update: Update, specs: Mapping[str, TensorSpec]) -> str | None:
     return None
 
 
-def movement(update: Update, received: Arrays, max_norm: float) -> tuple[float, str | None]:
+def movement(update: Update, received: Arrays, max_norm: float, may_stay: bool = False) -> tuple[float, str | None]:
     """How far a trained update went from what was sent, and why that is not to be believed, if it is not.
 
-    What was not sent counts from zero.
+    What was not sent counts from zero. What travels `may_stay` where more is trained than travels (A, while B is zero).
     """
     moved = {name: array for name, array in update.arrays.items() if not name.startswith(BESIDE)}
     norm = arrays.norm({**moved, **arrays.difference({name: moved[name] for name in moved if name in received}, received)})
-    if norm == 0:
+    if norm == 0 and not may_stay:
         return norm, "did not move: the adapter came back as it was sent (learning rate 0, or nothing to train?)"
     if norm > max_norm:
         return norm, f"over norm: {norm:.3g} above strategy.max_update_norm {max_norm:.3g}"

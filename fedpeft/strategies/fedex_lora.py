@@ -31,6 +31,7 @@ class FedexLora(Strategy):
     of_factors: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = True
 
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:

@@ -41,6 +41,7 @@ class FedSmoothLora(Strategy):
     paper: ClassVar[str] = "arXiv:2605.29460"
     of_factors: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
     noise_proof: ClassVar[bool] = False
     stateful: ClassVar[bool] = True
 

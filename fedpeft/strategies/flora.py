@@ -29,6 +29,7 @@ class Flora(Strategy):
     of_factors: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = True
 
     def combine(self, updates: Sequence[Update], received: Arrays, at: Round) -> Combined:

@@ -22,6 +22,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import Result
 
+from fedpeft.errors import Problem, UserError
 from fedpeft.lookup import find
 from fedpeft.records import BESIDE, MERGED, Arrays, Layout, Pair, TensorSpec, Update, all_finite, merged_round, sparse_name
 from fedpeft.strategies.strategy import Round, Strategy
@@ -33,27 +34,40 @@ log = logging.getLogger(__name__)
 
 
 def flower(
-    name: str, fraction_train: float = 1.0, min_train_nodes: int = 2, min_available_nodes: int = 2, **settings: Any
+    name: str,
+    fraction_train: float = 1.0,
+    min_train_nodes: int = 2,
+    min_available_nodes: int = 2,
+    scaling: float | None = None,
+    **settings: Any,
 ) -> FlowerStrategy:
     """The strategy called `name`, with its own `settings`, behind Flower's interface.
 
-    Raises UserError for an unknown name, pydantic's ValidationError for settings that are out of range.
+    `scaling` is s of s B A, in PEFT lora_alpha / r (with use_rslora lora_alpha / sqrt(r)), the same for all clients. It is needed where
+    part of the update leaves the factors for the backbone; elsewhere it cancels.
+    Raises UserError for an unknown name or a scaling that is missing, pydantic's ValidationError for settings that are out of range.
     """
-    return FlowerStrategy(find("strategy", name)(**settings), fraction_train, min_train_nodes, min_available_nodes)
+    strategy: Strategy = find("strategy", name)(**settings)
+    if strategy.merges and scaling is None:
+        got = f"none, and {name} moves part of the update from the factors into the weights"
+        raise UserError(Problem("scaling", got, "a number", "give s of s B A: lora_alpha / r of the clients' LoraConfig"))
+    return FlowerStrategy(strategy, fraction_train, min_train_nodes, min_available_nodes, 1.0 if scaling is None else scaling)
 
 
-def layout_of(arrays: Arrays) -> Layout:
-    """The LoRA pairs in PEFT's adapter state. Scaling is taken as 1: it is the same for all clients and cancels."""
+def layout_of(arrays: Arrays, scaling: float) -> Layout:
+    """The LoRA pairs in PEFT's adapter state."""
     own = {name: array for name, array in arrays.items() if not name.startswith((MERGED, BESIDE))}
     modules = [name.removesuffix(A_FACTOR) for name in sorted(own) if name.endswith(A_FACTOR)]
-    pairs = tuple(Pair(module, module + A_FACTOR, module + B_FACTOR, 1.0) for module in modules if module + B_FACTOR in own)
+    pairs = tuple(Pair(module, module + A_FACTOR, module + B_FACTOR, scaling) for module in modules if module + B_FACTOR in own)
     return Layout(Layout.specs(own), pairs)
 
 
 class FlowerStrategy(FlowerFedAvg):
     """One of our strategies, asked in the order that Flower asks: `configure_train` remembers the round for `aggregate_train`."""
 
-    def __init__(self, strategy: Strategy, fraction_train: float, min_train_nodes: int, min_available_nodes: int) -> None:
+    def __init__(
+        self, strategy: Strategy, fraction_train: float, min_train_nodes: int, min_available_nodes: int, scaling: float = 1.0
+    ) -> None:
         super().__init__(
             fraction_train=fraction_train,
             fraction_evaluate=0.0,
@@ -61,6 +75,7 @@ class FlowerStrategy(FlowerFedAvg):
             min_available_nodes=max(min_available_nodes, strategy.fewest),
         )
         self.strategy = strategy
+        self.scaling = scaling
         self.num_rounds = 0
         self.arrays: Arrays = {}
         self.state: Arrays | None = None
@@ -79,8 +94,9 @@ class FlowerStrategy(FlowerFedAvg):
         """Flower's own loop; a strategy may want to know how long it is."""
         self.num_rounds = num_rounds
         adapter = {name: array.numpy() for name, array in initial_arrays.items()}
-        self.strategy.check(layout_of(adapter))
-        positions = self.strategy.sparse(layout_of(adapter), SEED)
+        layout = layout_of(adapter, self.scaling)
+        self.strategy.check(layout)
+        positions = self.strategy.sparse(layout, SEED)
         adapter |= {sparse_name(module): np.zeros(len(where), np.float32) for module, where in positions.items()}
         self.arrays = {**adapter, **self.strategy.extras(adapter)}
         self.state = self.strategy.start(self.arrays)
@@ -132,7 +148,7 @@ class FlowerStrategy(FlowerFedAvg):
         return updates
 
     def _at(self, server_round: int) -> Round:
-        return Round(server_round, self.num_rounds, layout_of(self.arrays), SEED, self.min_available_nodes)
+        return Round(server_round, self.num_rounds, layout_of(self.arrays, self.scaling), SEED, self.min_available_nodes)
 
     def _read(self, reply: Message, server_round: int, wanted: Mapping[str, TensorSpec]) -> Update | None:
         content = reply.content

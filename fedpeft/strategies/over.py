@@ -50,6 +50,36 @@ class Over(Strategy):
         return self
 
     @property
+    def noise_proof(self) -> bool:  # type: ignore[override]
+        """As the inner strategy, and so the five that follow."""
+        return self.inner.noise_proof
+
+    @property
+    def merges(self) -> bool:  # type: ignore[override]
+        """Part of the update goes into the backbone."""
+        return self.inner.merges
+
+    @property
+    def personal(self) -> bool:  # type: ignore[override]
+        """Part of each client's model stays with it."""
+        return self.inner.personal
+
+    @property
+    def stateful(self) -> bool:  # type: ignore[override]
+        """Clients remember something."""
+        return self.inner.stateful
+
+    @property
+    def of_factors(self) -> bool:  # type: ignore[override]
+        """It means nothing without factors."""
+        return self.inner.of_factors
+
+    @property
+    def mixed_ranks(self) -> bool:  # type: ignore[override]
+        """Clients may have different ranks."""
+        return self.inner.mixed_ranks
+
+    @property
     def streams(self) -> bool:
         """As the inner strategy, unless a subclass needs more."""
         return super().streams and self.inner.streams

@@ -123,7 +123,12 @@ class MultiKrum(Krum):
 
     paper: ClassVar[str] = "NeurIPS 2017"
 
-    m: int = Field(3, ge=1, description="how many of the best are averaged")
+    m: int = Field(3, ge=1, description="how many of the best are averaged; m + f updates are needed, that none of the f is among them")
+
+    @property
+    def fewest(self) -> int:
+        """As Krum, and so many that the m best need not hold an arbitrary one."""
+        return max(super().fewest, self.m + self.f)
 
     def gather(self, values: Matrix) -> Matrix:
         """The mean of the m best rows."""

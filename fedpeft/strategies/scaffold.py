@@ -32,6 +32,7 @@ class Scaffold(Over):
     """Corrects client drift with a remembered gradient a client and one for all."""
 
     paper: ClassVar[str] = "arXiv:1910.06378"
+    stateful: ClassVar[bool] = True
 
     def refuses(self, inner: Strategy) -> str | None:
         """Strategies that refactor, keep part of the model at home, or have clients of their own rank."""
@@ -42,13 +43,16 @@ class Scaffold(Over):
         return None
 
     def check_config(self, config: Any, adapter: Any) -> None:
-        """Plain SGD only."""
+        """Plain SGD only, at one rate for all tensors."""
         super().check_config(config, adapter)
         if not getattr(find("optimizer", config.training.optimizer), "plain", False):
             got = f'"{config.training.optimizer}", after which the way a client went is no sum of gradients'
             raise UserError(
                 Problem("training.optimizer", got, "sgd, for strategy scaffold", "set training.optimizer=sgd and a larger learning_rate")
             )
+        if not adapter.plain_steps:
+            got = f"{config.adapter.name} moves some tensors at a rate or by a step of its own, which is no sum of gradients"
+            raise UserError(Problem("adapter.name", got, do="take adapter lora, or another strategy"))
 
     def extras(self, arrays: Arrays) -> Arrays:
         """c = 0 for every tensor."""

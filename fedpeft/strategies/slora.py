@@ -35,6 +35,7 @@ class Slora(Strategy):
     paper: ClassVar[str] = "arXiv:2308.06522"
     of_factors: ClassVar[bool] = True
     refactors: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
     summable: ClassVar[bool] = True
     noise_proof: ClassVar[bool] = False  # per-example gradients of sparse values are not at hand
 

@@ -86,6 +86,7 @@ class Strategy(Settings):
     plain_mean: ClassVar[bool] = False  # `combine` is the weighted mean of the uploads
     exact: ClassVar[bool] = False  # the product it leaves is sum_k p_k s_k B_k A_k
     refactors: ClassVar[bool] = False  # it changes the basis of the factors, or moves part of the update elsewhere
+    merges: ClassVar[bool] = False  # part of the update goes into the backbone, in units of its weights
     mixed_ranks: ClassVar[bool] = False  # clients may have different ranks
     stateful: ClassVar[bool] = False  # clients remember something between rounds
     personal: ClassVar[bool] = False  # part of each client's model stays with it: no global model exists

@@ -21,7 +21,7 @@ from fedpeft.records import Arrays
 def full_gradients(
     adapted: Adapted, task: Any, arrays: Arrays, data: Encoded, batches: Sequence[Indices]
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """(module, dL/dW [d_out, d_in]) of every LoRA layer at `arrays` with B = 0, the mean over `batches`; dropout is off."""
+    """(module, dL/dW [d_out, d_in]) of every LoRA layer at `arrays` with B = 0, the mean over the examples of `batches`; dropout is off."""
     import torch
 
     layout = adapted.layout()
@@ -30,6 +30,7 @@ def full_gradients(
     adapted.train_only([name for pair in layout.pairs for name in (pair.A, pair.B)])
     modules = dict(adapted.model.named_modules())
     sums: dict[str, torch.Tensor] = {}
+    examples = sum(map(len, batches))
 
     def watch(module: str) -> Any:
         def forward(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -48,7 +49,8 @@ def full_gradients(
     try:
         for rows in batches:
             inputs, labels = data.batch(rows, adapted.base.tokenizer, adapted.base.device)
-            task.losses(adapted.model, inputs, labels).mean().backward()
+            share = len(rows) * len(batches) / examples  # 1 where batches are alike
+            (task.losses(adapted.model, inputs, labels).mean() * share).backward()
             adapted.model.zero_grad()
     finally:
         for hook in hooks:

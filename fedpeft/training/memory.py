@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 COPIES = 5  # of every client's numbers
-ON_CPU = 512  # tokens of a pass: more of them fall out of the cache, and rows of like length part less well (benchmarks/engine.py)
+ON_CPU = 768  # tokens of a pass a thread: more of them fall out of the cache, and rows of like length part less well (benchmarks/engine.py)
 
 PASSES = 16  # that rows are sorted into by length: more make them hardly more alike
 
@@ -44,8 +44,10 @@ def clients_at_once(training: TrainingSection, device: str, numbers: int) -> int
 
 def tokens_at_once(training: TrainingSection, device: str, bytes_a_token: float) -> int:
     """Tokens of a pass, padding included."""
+    import torch
+
     fit = int(budget(training, device) / 4 / bytes_a_token)
-    return fit if device.startswith("cuda") else min(fit, ON_CPU)
+    return fit if device.startswith("cuda") else min(fit, ON_CPU * torch.get_num_threads())
 
 
 def tokens_with_masks(training: TrainingSection, device: str, bytes_a_token: float, tokens: int) -> int:

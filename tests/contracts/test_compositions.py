@@ -7,6 +7,7 @@ from fedpeft import Config, UserError
 from fedpeft.lookup import TABLES, find
 from fedpeft.records import Layout, Update
 from fedpeft.strategies.fedavg import FedAvg
+from fedpeft.strategies.over import Over
 from fedpeft.strategies.strategy import Round
 
 AT = Round(1, 10, Layout({}))
@@ -115,6 +116,7 @@ REFUSED = {
     "robust factors without saying so": ({"name": "median"}, "say of: factors"),
     "a robust mean in place of a correction": ({"name": "krum", "over": "lora_fair", "of": "factors"}, "does more than average"),
     "over itself": ({"name": "fedprox", "over": "fedadam"}, "laid over another"),
+    "control variates of tensors that move by rules of their own": ({"name": "scaffold"}, "no sum of gradients"),
     "over nothing known": ({"name": "fedprox", "over": "fedavgg"}, 'did you mean "fedavg"?'),
 }
 
@@ -122,11 +124,55 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_composition_that_means_nothing_is_refused_with_the_reason(name):
     strategy, says = REFUSED[name]
+    ruled = {"adapter": {"name": "fora"}, "training": {"optimizer": "sgd"}} if strategy == {"name": "scaffold"} else {}
     with pytest.raises(UserError) as caught:
-        Config.from_dict({"strategy": strategy})
+        Config.from_dict({"strategy": strategy, **ruled})
     (problem,) = caught.value.problems
     assert says in str(problem)
-    assert problem.where.startswith("strategy")
+    assert problem.where.startswith("adapter" if ruled else "strategy")
+
+
+OVERS = [name for name in TABLES["strategy"] if issubclass(find("strategy", name), Over)]
+
+
+@pytest.mark.parametrize("over", sorted(set(TABLES["strategy"]) - set(OVERS)))
+@pytest.mark.parametrize("name", OVERS)
+def test_what_is_said_of_a_strategy_is_said_of_one_over_it(name, over):
+    """Privacy, exports and refusals go by these."""
+    target = find("strategy", name)
+    try:
+        whole = target(over=over, **({"of": "factors"} if "of" in target.model_fields else {}))
+    except ValueError:
+        return  # the pair means nothing
+    inner = find("strategy", over)()
+    for fact in ("noise_proof", "personal", "merges", "mixed_ranks", "of_factors"):
+        assert getattr(whole, fact) == getattr(inner, fact), fact
+    assert whole.stateful == (inner.stateful or name == "scaffold")
+
+
+@pytest.mark.parametrize("over", ["fedsmooth_lora", "slora"])
+def test_a_layer_hides_no_uploads_that_noise_does_not_cover(over):
+    with pytest.raises(UserError, match="uploads functions of the data that training's noise does not cover"):
+        Config.from_dict(
+            {"strategy": {"name": "fedprox", "over": over}, "privacy": {"target_epsilon": 4}, "training": {"head_init": "random"}}
+        )
+
+
+def test_personal_models_under_another_layer_are_evaluated_and_exported(tiny_settings, tmp_path):
+    """A vanishing proximal term changes nothing."""
+    from fedpeft import simulate
+
+    own = {"name": "fedsa_lora", "num_rounds": 2}
+    runs = [
+        simulate(Config.from_dict({**tiny_settings, "strategy": strategy}), tmp_path / strategy["name"])
+        for strategy in (own, {**own, "name": "fedprox", "over": "fedsa_lora", "mu": 1e-9})
+    ]
+    assert runs[0].summary["metrics"] == pytest.approx(runs[1].summary["metrics"], rel=1e-4)
+    assert [len(list((run.folder / "personal").iterdir())) for run in runs] == [4, 4]
+
+
+def test_multi_krum_wants_enough_updates_for_its_m():
+    assert find("strategy", "multi_krum")(of="factors", f=1, m=5).fewest == 6
 
 
 @pytest.mark.parametrize(

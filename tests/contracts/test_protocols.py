@@ -559,3 +559,32 @@ def test_planted_errors_are_caught(monkeypatch):
             patched.setattr(here, original, mutant)
             with pytest.raises(AssertionError):
                 test()
+
+
+@pytest.mark.parametrize(("strategy", "training"), [({"name": "scaffold"}, {"optimizer": "sgd"}), ({"name": "fedsa_lora"}, {})])
+def test_one_turn_that_was_not_finite_is_not_remembered(strategy, training, tiny_settings, tmp_path, monkeypatch):
+    """Else the client would begin from it for ever."""
+    from fedpeft.training import one
+
+    real = one._train_client
+
+    def once(adapted, task, config, job):
+        trained = real(adapted, task, config, job)
+        spoiled = {name: array * np.float32("nan") for name, array in trained.arrays.items()}
+        return dataclasses.replace(trained, arrays=spoiled) if (job.client, job.round) == (0, 1) else trained
+
+    monkeypatch.setattr(one, "_train_client", once)
+    settings = {**tiny_settings, "strategy": {**strategy, "num_rounds": 3}, "training": {**tiny_settings["training"], **training}}
+    run = simulate(Config.from_dict(settings), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    assert [line["accepted"] for line in lines[1:]] == [3, 4, 4]
+    assert lines[1]["rejected"] == {"not finite": 1}
+    assert np.isfinite(run.summary["metrics"]["loss"])
+
+
+def test_a_client_whose_shared_part_cannot_move_yet_is_accepted(tiny_settings, tmp_path):
+    """FedSA-LoRA's A gets no gradient while B is zero: after one step of a client it is as it was sent."""
+    settings = {**tiny_settings, "strategy": {"name": "fedsa_lora", "num_rounds": 2}}
+    simulate(Config.from_dict({**settings, "training": {**settings["training"], "max_steps": 1}}), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    assert [line["accepted"] for line in lines[1:]] == [4, 4]

@@ -119,6 +119,18 @@ def test_lora_ga_starts_as_the_paper_says():
     np.testing.assert_allclose(found[left] @ found[right] + 2.0 * B @ A, 0, atol=1e-6)
 
 
+def test_examples_of_a_short_batch_weigh_no_more_than_others(tiny_settings):
+    """Eleven examples in batches of eight and three, and in one batch."""
+    settings = {**tiny_settings, "adapter": {**tiny_settings["adapter"], "init": "lora_ga"}}
+    parts = assemble(Config.from_dict(settings))
+    found = [
+        LoraGa().survey().measure(parts.adapted, parts.task, parts.test.take(np.arange(11)), training)
+        for training in (parts.worker.config.training.model_copy(update={"per_device_train_batch_size": size}) for size in (8, 16))
+    ]
+    for module in found[0]:
+        np.testing.assert_allclose(found[0][module], found[1][module], atol=1e-5 * np.abs(found[1][module]).max())
+
+
 def test_pooled_gradients_are_those_of_all_examples(tiny_settings):
     parts = assemble(Config.from_dict({**tiny_settings, "adapter": {**tiny_settings["adapter"], "init": "lora_ga"}}))
     adapted, training = parts.adapted, parts.worker.config.training

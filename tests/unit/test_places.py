@@ -164,3 +164,63 @@ def test_ones_own_function_brings_rows(tmp_path):
     (tmp_path / "good.py").write_text("def rows(*, n=10):\n    return [{'text': f'text {i}', 'label': i % 2} for i in range(n)]\n")
     found = load(f"{tmp_path / 'good.py'}:rows", n=30)
     assert len(found.train) + len(found.test) == 30
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085"])
+def test_a_text_may_hold_any_separator_of_lines_but_the_files_own(character, tmp_path):
+    rows = [{**row, "text": row["text"] + character + "on"} for row in ROWS]
+    (tmp_path / "data.jsonl").write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert len(load(tmp_path / "data.jsonl").train) == 16
+
+
+def test_a_cell_of_a_table_may_be_long(tmp_path):
+    (tmp_path / "data.csv").write_text(as_csv([{**row, "text": "word " * 40_000} for row in ROWS]))
+    assert len(load(tmp_path / "data.csv").train.columns["text"][0]) == 200_000
+
+
+def jsonl(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_a_row_without_a_column_that_others_have_is_named(tmp_path):
+    rows = [{**row, "client": "x"} for row in ROWS]
+    del rows[6]["client"]
+    jsonl(tmp_path / "data.jsonl", rows)
+    with pytest.raises(UserError, match=r'row 7 of the train rows of .* has no "client"'):
+        load(tmp_path / "data.jsonl")
+
+
+def test_a_label_that_is_no_number_is_no_class(tmp_path):
+    rows = [{"text": row["text"], "label": number % 2} for number, row in enumerate(ROWS)]
+    rows[4]["label"] = float("nan")
+    jsonl(tmp_path / "data.jsonl", rows)
+    with pytest.raises(UserError, match=r"row 5 of the train rows has the label 'nan'; allowed: 0, 1"):
+        load(tmp_path / "data.jsonl")
+
+
+def test_a_class_of_rows_that_hold_nothing_is_none(tmp_path):
+    jsonl(tmp_path / "data.jsonl", [*ROWS, {"text": "", "label": "z"}])
+    assert load(tmp_path / "data.jsonl").train.label_names == ("a", "b")
+
+
+def test_classes_are_those_of_all_rows_whichever_are_kept(tmp_path):
+    for name, count in (("data.jsonl", 200), ("test.jsonl", 40)):
+        jsonl(tmp_path / name, [{"text": f"text {number}", "label": f"l{number % 20}"} for number in range(count)])
+    found = load(tmp_path / "data.jsonl", test=str(tmp_path / "test.jsonl"), max_examples=25)
+    assert (len(found.train), len(found.train.label_names)) == (25, 20)
+
+
+def test_a_class_of_a_parquet_file_may_be_missing(tmp_path):
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    columns = {"text": [row["text"] for row in ROWS], "label": [0, 1, None, 1] * 5}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(UserError, match="row 3 of the train rows has"):
+        load(tmp_path / "data.parquet")
+
+
+def test_a_header_that_names_a_column_twice_is_refused(tmp_path):
+    (tmp_path / "data.csv").write_text("text,label,text\n" + "a,1,b\n" * 9)
+    with pytest.raises(UserError, match='the header names "text" twice'):
+        load(tmp_path / "data.csv")
