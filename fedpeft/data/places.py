@@ -24,7 +24,7 @@ Rows = list[dict[str, Any]]
 Splits = Mapping[str, Rows]
 """Rows by split: "train", and "test" when the place has one of its own."""
 
-HELD_OUT = re.compile(r"(test|validation|valid|dev|eval)(?![a-z])", re.IGNORECASE)
+HELD_OUT = re.compile(r"(test|validation|valid|val|development|dev|evaluation|eval)(?![a-z])", re.IGNORECASE)
 LONGEST_CELL = 2**31 - 1  # characters
 TEST, TRAIN = re.compile(r"test(?![a-z])", re.IGNORECASE), re.compile(r"train(?![a-z])", re.IGNORECASE)
 

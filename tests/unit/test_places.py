@@ -71,7 +71,8 @@ def test_whole_numbers_are_ordered_as_numbers(tmp_path):
 def test_test_files_of_a_folder_never_train(train, test, tmp_path):
     (tmp_path / train).write_text(as_csv(ROWS))
     (tmp_path / test).write_text(as_csv([{"text": "held out", "label": "a"}]))
-    (tmp_path / "validation.csv").write_text(as_csv([{"text": "also held out", "label": "a"}]))
+    for name in ("validation", "val", "development-2", "evaluation"):
+        (tmp_path / f"{name}.csv").write_text(as_csv([{"text": "also held out", "label": "a"}]))
     found = load(tmp_path)
     assert found.test.columns["text"] == ["held out"]
     assert len(found.train) == 20
