@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fedpeft import environment
 from fedpeft.arguments import Command, parser
 from fedpeft.errors import FedpeftError, Problem, RunStopped, UserError
+from fedpeft.units import one_line
 
 if TYPE_CHECKING:
     from fedpeft.config import Config
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(given.command(given) or 0)
     except FedpeftError as error:
         for line in str(error).splitlines():
-            print(f"fedpeft: {line}", file=sys.stderr)
+            print(f"fedpeft: {one_line(line)}", file=sys.stderr)  # it may quote a client
         return error.exit_code
     except BrokenPipeError:  # whoever read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

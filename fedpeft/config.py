@@ -133,7 +133,7 @@ def _override(data: dict[str, Any], override: str, problems: Problems) -> yaml_f
         value = text
     into = data
     for part in path[:-1]:
-        below = into.setdefault(part, {})
+        below = into[part] = into.get(part) if into.get(part) is not None else {}
         if not isinstance(below, dict):
             problems.add(f"{key} (command line)", f'"{part}" holds a value and no keys')
             return path

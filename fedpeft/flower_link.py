@@ -157,17 +157,21 @@ def _grid_class() -> Any:
             return self._give_up is not None and self._give_up(error)
 
         def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-            """The replies that are there as a whole."""
+            """The replies that are there as a whole. What was announced is kept for whoever asks: Flower says it but once."""
             wanted = list(message_ids)
-            self._arriving = {answered: parts for answered, parts in self._arriving.items() if answered in wanted}
             announced = self._runtime_client.PullMessages(runtime_pb2.PullAppMessagesRequest(message_ids=wanted))
             for head, tree in zip(announced.messages_list, announced.message_object_trees, strict=True):
                 self._arriving[head.metadata.reply_to_message_id] = head, tree, {}
-            found = [(answered, self._completed(answered)) for answered in sorted(self._arriving)]
+            found = [(answered, self._completed(answered)) for answered in sorted(self._arriving.keys() & set(wanted))]
             for answered, message in found:
                 if message is not None:
                     del self._arriving[answered]
             return [message for _, message in found if message is not None]
+
+        def forget(self, message_ids: Iterable[str]) -> None:
+            """Nobody waits for these replies any more."""
+            for answered in message_ids:
+                self._arriving.pop(answered, None)
 
         def _completed(self, answered: str) -> Message | None:
             """Fetch what is missing of a reply; None while a part of it is."""

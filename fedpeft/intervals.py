@@ -5,10 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeVar
 
 CONFIDENCE = 0.95
+
+
+Key = TypeVar("Key")
+
+
+def best(scores: Mapping[Key, float], higher_is_better: bool) -> Key:
+    """Whose score is best, the first of equals; what is no number is worse than any. Raises ValueError for none.
+
+    >>> best({"a": math.nan, "b": 2.0, "c": 1.0}, higher_is_better=False)
+    'c'
+    """
+    sign = 1 if higher_is_better else -1
+    return max(scores, key=lambda key: (math.isfinite(scores[key]), sign * scores[key] if math.isfinite(scores[key]) else 0.0))
 
 
 class Estimate(NamedTuple):

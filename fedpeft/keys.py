@@ -76,15 +76,20 @@ def listed(folder: pathlib.Path) -> list[Listed]:
         raise UserError(Problem("--keys", f"{folder} holds no clients.yaml", do="make one: fedpeft keys DIR --server NAME --clients a,b"))
     data, lines = yaml_file.read(path)
     problems, found = Problems(), []
-    for name, entry in data.items():
-        where = f"{path}, line {lines[(str(name),)]}"
+    entries: dict[Any, Any] = dict(data)  # a name without quotes may be something else to YAML
+    for name, entry in entries.items():
+        where = f"{path}, line {lines.get((str(name),), '?')}"
         keys = entry.keys() if isinstance(entry, dict) else set()
         if not {"client", "key"} <= keys <= {"client", "key", "revoked"} or type(entry["client"]) is not int or entry["client"] < 0:
             problems.add(where, f'"{name}" is no client', "NAME: {client: NUMBER, key: PUBLIC KEY}")
+        elif not isinstance(name, str):
+            problems.add(where, f"{name!r} is no name", do=f'write it in quotes: "{name}"')
+        elif not isinstance(entry.get("revoked", False), bool):
+            problems.add(where, f'revoked of "{name}" is {entry["revoked"]!r}', "true or false")
         elif not _is_public(entry["key"]):
             problems.add(where, f'the key of "{name}" is no public key', "the text of its key.pub (an EC key)")
         else:
-            found.append(Listed(str(name), entry["client"], entry["key"], entry.get("revoked") is True))
+            found.append(Listed(name, entry["client"], entry["key"], entry.get("revoked", False)))
     for field in ("client", "key"):
         if len({getattr(one, field) for one in found}) < len(found):
             problems.add(str(path), f"two clients have the same {field}", f"one {field} each")
@@ -98,9 +103,7 @@ def private_key(folder: pathlib.Path) -> EllipticCurvePrivateKey:
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
     path = folder / "key"
-    data = read(path)
-    if path.stat().st_mode & 0o077:
-        raise UserError(Problem("--keys", f"{path} can be read by others on this machine", do=f"chmod 600 {path}"))
+    data = private(path)
     try:
         key = load_ssh_private_key(data, password=None)
     except (ValueError, TypeError) as error:
@@ -110,6 +113,14 @@ def private_key(folder: pathlib.Path) -> EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise UserError(Problem("--keys", f"{path} holds no EC key", "an EC key in OpenSSH's form, as fedpeft keys makes it"))
     return key
+
+
+def private(path: pathlib.Path) -> bytes:
+    """The bytes of a private key file. Raises UserError when there is none, or others may read it."""
+    data = read(path)
+    if path.stat().st_mode & 0o077:
+        raise UserError(Problem("--keys", f"{path} can be read by others on this machine", do=f"chmod 600 {path}"))
+    return data
 
 
 def read(path: pathlib.Path) -> bytes:

@@ -122,6 +122,7 @@ def _unpack(flat: bytes, tensors: Any) -> Arrays:
             kind = DTYPES[dtype]
             wrong = not isinstance(name, str) or name in arrays or not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS
             wrong = wrong or any(type(size) is not int or not 0 <= size < MAX_BYTES for size in shape)
+            wrong = wrong or math.prod(max(1, size) for size in shape) * kind.itemsize > MAX_BYTES  # NumPy has no such shape, though empty
         except (TypeError, ValueError, KeyError) as error:
             raise WireError("a tensor of the manifest is not [name, dtype, shape]") from error
         if wrong:

@@ -363,3 +363,16 @@ def test_examples_can_be_looked_at_before_anything_is_trained(tiny_lm_settings, 
     longest = "11 tokens, 6 of them train, no padding"
     assert any(facts.endswith(longest) and text.strip() == r"'<s>0-2\n⟦is -2</s>⟧'" for facts, text in lines)
     assert any(facts.endswith("10 tokens, 5 of them train, 1 of padding on the right") for facts, _ in lines)
+
+
+def test_samples_may_hold_any_separator_of_lines(tmp_path):
+    """Web text has U+2028; a file of samples that could not be read again would end the run after its training."""
+    from types import SimpleNamespace
+
+    from fedpeft.server import samples
+    from fedpeft.server.run_folder import RunFolder
+
+    task = SimpleNamespace(show=lambda *given: [{"prompt": "a\u2028b\u0085c", "said": "d\u2029", "score": 1.0}])
+    for when in ("before", "after", "after"):
+        samples.keep(RunFolder(tmp_path), task, SimpleNamespace(write=lambda arrays: None), when, {}, None, None)
+    assert samples.scores(RunFolder(tmp_path)) == {"samples": {"before": {"score": 1.0}, "after": {"score": 1.0}}}

@@ -298,3 +298,20 @@ def test_every_client_is_sampled_about_as_often():
 
 def test_sampling_does_not_depend_on_the_order_of_the_roster():
     assert sampling.choose([3, 1, 2, 9, 7], 0.5, 1, 0, 4) == sampling.choose([9, 7, 3, 2, 1], 0.5, 1, 0, 4)
+
+
+def test_what_a_run_starts_from_is_what_the_seed_gave_however_often_it_starts(tiny_config):
+    """The model holds whatever was evaluated last when a server goes on after its run was lost."""
+    parts = assemble(tiny_config)
+    first = simulation._federation(tiny_config, parts, dict).arrays
+    parts.adapted.write({name: array + 1 for name, array in first.items()})
+    second = simulation._federation(tiny_config, parts, dict).arrays
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_an_empty_config_is_no_run(tiny_config, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.create(tiny_config)
+    folder.config.write_text("")
+    with pytest.raises(UserError, match="holds no run"):
+        folder.reopen(Config.load())

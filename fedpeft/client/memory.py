@@ -17,6 +17,7 @@ import os
 import pathlib
 import shutil
 import time
+from contextlib import suppress
 from typing import IO, Any
 
 from safetensors import SafetensorError
@@ -25,6 +26,8 @@ from safetensors.numpy import load
 from fedpeft import durable
 from fedpeft.client.history import Rounds, State
 from fedpeft.errors import Problem, UserError
+
+OWN = ("node", "inbox", "outbox", "lock")  # files in STATE: no run is called so
 
 
 class Folder:
@@ -75,7 +78,7 @@ class Memory:
     """One run's part of STATE."""
 
     def __init__(self, folder: Folder, run: str) -> None:
-        if not run.isalnum() or len(run) > 64:
+        if not run.isalnum() or len(run) > 64 or run in OWN:
             raise UserError(Problem("run", f"{run[:80]!r} is no name of a run"))
         self.path = folder.path / run
         self.path.mkdir(exist_ok=True, mode=0o700)
@@ -109,13 +112,20 @@ class Memory:
         return sum(line["action"] == "train" and not line["failed"] for line in self.sent())
 
     def sent(self) -> list[dict[str, Any]]:
-        """What has left this machine."""
+        """What has left this machine; a line that was torn was never sent."""
         path = self.path / "sent.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
+        found = []
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
 
     def note_sent(self, line: dict[str, Any]) -> None:
         """Add a line to what has left this machine, before it leaves."""
-        with (self.path / "sent.jsonl").open("a") as file:
+        path = self.path / "sent.jsonl"
+        torn = path.is_file() and not path.read_bytes().endswith(b"\n")
+        with path.open("a") as file:
+            file.write("\n" if torn else "")
             file.write(json.dumps({"time": round(time.time(), 3), **line}) + "\n")
             file.flush()
             os.fsync(file.fileno())

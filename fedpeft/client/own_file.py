@@ -46,7 +46,9 @@ class Limits(Settings):
     )
     task: str = Field("sequence-classification", description="what the data may be used for")
     max_steps: int = Field(1000, ge=1, description="most local steps in a round; accumulated batches count as steps")
-    max_rounds: int = Field(100, ge=1, description="most rounds of training in a run, counted on this machine")
+    max_rounds: int = Field(
+        100, ge=1, description="most answers to training in a run, counted on this machine; a round that is asked for again counts again"
+    )
     surveys: bool = Field(True, description="answer surveys before round 1: sums over the data, such as counts of the classes")
     privacy: LeastPrivacy | None = Field(
         None, description="least privacy of a run, as {max_epsilon: 3, max_delta: 1.0e-5, unit: example}; null: none is asked for"

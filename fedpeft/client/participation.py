@@ -96,6 +96,7 @@ def take_part(place: Place, data: pathlib.Path, screen: Screen) -> None:
         health.says = lambda: {"connected": connected, "client": resident.client}
         resident.recall()
         heard, refused, pause = time.monotonic(), None, AGAIN_SECONDS[0]  # when a server was last there, when it first refused us
+        unwanted: float | None = None  # since when the answer at hand is refused by a server that has let us in
         while resident.over is None and not stop.wanted.is_set():
             fleet = Fleet(address, certificates, key)
             try:
@@ -103,6 +104,7 @@ def take_part(place: Place, data: pathlib.Path, screen: Screen) -> None:
                 resident.folder.node = fleet.activate(register=place.insecure, known=resident.folder.node, idle=idle)
                 screen.note(f"connected to {address}")
                 connected, refused, pause = True, None, AGAIN_SECONDS[0]
+                unwanted = None if idle else unwanted
                 with _beating(fleet):
                     _answer_all(fleet, resident, stop)
                 fleet.leave()
@@ -118,6 +120,14 @@ def take_part(place: Place, data: pathlib.Path, screen: Screen) -> None:
                 pause = min(2 * pause, AGAIN_SECONDS[1])
             except Refused as error:
                 fleet.close()
+                if connected:
+                    unwanted = unwanted or time.monotonic()
+                    if time.monotonic() - unwanted > REFUSED_SECONDS:
+                        screen.note(f"the answer at hand is not wanted at {address} ({error}): it belongs to another run, and is dropped")
+                        resident.folder.empty()
+                    connected = False
+                    stop.wanted.wait(AGAIN_SECONDS[0])
+                    continue
                 refused, connected = refused or time.monotonic(), False
                 if time.monotonic() - refused > REFUSED_SECONDS:
                     do = "is this key in the server's clients.yaml, and is --insecure given on both sides or on neither?"

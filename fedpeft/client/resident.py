@@ -24,6 +24,8 @@ from fedpeft.screen import Screen
 from fedpeft.training import prepare
 from fedpeft.units import format_bytes
 
+ASKED = ("limits.", "model.", "adapter.", "strategy.", "training.", "privacy.")  # what of a task may be wrong for the server to know
+WITHHELD = "this client's own data or file does not go with the task; the person who runs it has been told why"
 UNJOINED = "missing task: this client was started anew and has not joined"
 
 
@@ -46,10 +48,13 @@ class Resident:
             assignment, base = wire.message_to_assignment(message)
         except wire.WireError as error:
             return wire.answer_to_message(Failure(0, 0, f"cannot be read: {error}"), "", message)
+        except Exception as error:  # as below
+            return wire.answer_to_message(Failure(0, 0, f"cannot be read: {type(error).__name__}"), "", message)
         try:
             answer = self._answer(assignment, base)
         except Exception as error:  # a message that ended this client would be taken up again by the next, for ever
-            answer = Failure(assignment.round, assignment.client, f"broke: {type(error).__name__}: {error}")
+            self.screen.note(f"round {assignment.round}: broke: {type(error).__name__}: {error}")  # the words may hold what is ours
+            answer = Failure(assignment.round, assignment.client, f"broke: {type(error).__name__}")
         reply = wire.answer_to_message(answer, self._worker.base if self._worker else "", message)
         self._tell(assignment, answer)
         return reply
@@ -68,7 +73,9 @@ class Resident:
         except UserError as error:
             for line in str(error).splitlines():
                 self.screen.note(f"refused: {line}")
-            return Failure(0, assignment.client, f"refused: {error}".replace("\n", " | "))
+            told = [str(problem) for problem in error.problems if problem.where.startswith(ASKED)]
+            more = [WITHHELD] if len(told) < len(error.problems) else []
+            return Failure(0, assignment.client, "refused: " + " | ".join([*told, *more]))
         except (KeyError, TypeError, ValueError) as error:
             return Failure(0, assignment.client, f"refused: the task cannot be read ({type(error).__name__})")
         assert self._worker is not None
@@ -144,7 +151,7 @@ class Resident:
         """Put on record, and on the screen, what is about to leave this machine."""
         arrays = {} if isinstance(answer, Failure) else answer.arrays
         size = sum(array.nbytes for array in arrays.values())
-        if self._memory is not None and assignment.action not in (wire.JOIN, wire.END):
+        if self._memory is not None:
             line = {
                 "round": assignment.round,
                 "action": assignment.action[:50],

@@ -78,7 +78,7 @@ def judge(
             most, may_stay = federation.config.strategy.max_update_norm, federation.strategy.personal
             norm, reason = validation.movement(answer, start, most, may_stay)
             judged.norms[str(answer.client)] = norm
-            answer = validation.refused(answer, reason) if reason else answer
+            answer = validation.refused(answer, reply.asked, reason) if reason else answer
         if isinstance(answer, Failure):
             judged.failed.append(answer)
             continue

@@ -27,7 +27,7 @@ from fedpeft.errors import Problems
 from fedpeft.flower_link import Link, public_key_bytes
 from fedpeft.flower_private import RunOver
 from fedpeft.health import Health
-from fedpeft.keys import Listed, listed, read
+from fedpeft.keys import Listed, listed, private, read
 from fedpeft.quiet import quiet_libraries
 from fedpeft.records import Arrays
 from fedpeft.screen import Screen
@@ -130,8 +130,9 @@ def _assemble(config: Config, site: Site, fresh: RunFolder | None) -> Parts:
     with problems.gather():
         clients = listed(site.keys)
         if not site.insecure:
-            for name in ("ca.crt", "server.crt", "server.key"):
+            for name in ("ca.crt", "server.crt"):
                 read(site.keys / name)
+            private(site.keys / "server.key")
     if fresh is not None:
         with problems.gather():
             fresh.check_free()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.curves import curves
+from fedpeft.intervals import best
 from fedpeft.privacy.statement import reported
 from fedpeft.records import Arrays
 from fedpeft.report import write_report
@@ -58,8 +59,8 @@ def summarise(federation: Federation, outcome: Outcome, adapted: Adapted, labels
     """The run in one object: the contract of summary.json."""
     config, records = federation.config, outcome.records
     trained = [record for record in records if record.round > 0]
-    pick = max if federation.higher_is_better else min
-    best = pick(trained or records, key=lambda record: record.metrics[federation.primary_metric])
+    scores = {place: record.metrics[federation.primary_metric] for place, record in enumerate(trained or records)}
+    top = (trained or records)[best(scores, federation.higher_is_better)]
     return {
         "name": config.name,
         "strategy": config.strategy.name,
@@ -72,7 +73,7 @@ def summarise(federation: Federation, outcome: Outcome, adapted: Adapted, labels
         "higher_is_better": federation.higher_is_better,
         "initial": records[0].metrics,
         "metrics": records[-1].metrics,
-        "best": {"round": best.round, **best.metrics},
+        "best": {"round": top.round, **top.metrics},
         "bytes_up": sum(record.bytes_up for record in records),
         "bytes_down": sum(record.bytes_down for record in records),
         "trainable_parameters": adapted.trainable_parameters,

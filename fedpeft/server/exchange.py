@@ -1,8 +1,9 @@
 """Send a round's messages through a Flower `Grid` and hand on the replies in the order of clients, each as soon as it can be.
 
 A grid whose clients are in this process, or in processes of ours, says how many it wants at a time: `grid.cohort(asked)` clients
-together, and so many such cohorts on their way (`grid.cohorts_at_once`). Others are sent everything at
-once. So a simulation of thousands of clients holds the messages of a few cohorts, and a deployment those that came too early.
+together, and so many such cohorts on their way (`grid.cohorts_at_once`). Others are sent everything at once, and one that keeps parts
+of replies is told whose nobody waits for any more (`grid.forget(message_ids)`). So a simulation of thousands of clients holds the
+messages of a few cohorts, and a deployment those that came too early.
 
 A client that goes away in between (it was killed, or cut off) and has lost its message is asked again when it is back soon: its
 answer is the same. One that comes back with its message in hand was never gone, as far as the roster can see.
@@ -83,6 +84,7 @@ class Exchange:
                 self.bytes_up += len(flower_private.to_bytes(message)) if message is not None else 0
                 yield Reply(asked, message)
                 del message  # before the next is looked for
+        getattr(self.grid, "forget", lambda late: None)(list(self._by_id))
 
     def _ask(self, some: Sequence[Assignment], nodes: dict[int, int]) -> None:
         messages = [wire.assignment_to_message(assignment, self.base, nodes[assignment.client]) for assignment in some]

@@ -34,7 +34,7 @@ def make(
     Where whole clients are private, the server's ledger is kept at `ledger` (None: in memory alone). Raises UserError for an edited one.
     """
     adapted, strategy, adapter = ready.adapted, ready.strategy, ready.adapted.adapter
-    layout, drawn = adapted.layout(), adapted.read()
+    layout, drawn = adapted.layout(), ready.drawn
 
     section, shape = config.privacy, config.strategy
     keeper = curator(section, Ledger(ledger if section and section.of_clients else None), clients, shape.fraction_train, shape.num_rounds)

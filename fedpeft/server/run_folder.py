@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from fedpeft import durable
 from fedpeft.config import Config
 from fedpeft.errors import Problem, UserError
 from fedpeft.records import RoundRecord
@@ -73,11 +74,11 @@ class RunFolder:
         """Make the folder of a new run."""
         self.check_free()
         self.path.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(config.to_yaml(), encoding="utf-8")
+        durable.replace(self.config, config.to_yaml().encode())
 
     def reopen(self, config: Config) -> None:
         """Check that `config` is the one the run was started with. Raises UserError naming the first key that differs."""
-        if not self.config.is_file():
+        if not self.config.is_file() or not self.config.stat().st_size:
             raise UserError(
                 Problem("--resume", f"{self.path} holds no run (there is no config.yaml)", do="give the folder of a run with --out")
             )

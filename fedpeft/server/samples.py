@@ -42,4 +42,4 @@ def scores(folder: RunFolder) -> dict[str, dict[str, Metrics]]:
 
 def _lines(folder: RunFolder) -> list[dict[str, Any]]:
     file = folder.path / FILE
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line] if file.is_file() else []

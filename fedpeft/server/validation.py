@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from fedpeft import arrays, wire
 from fedpeft.adapters.frozen import pretrained
-from fedpeft.records import BESIDE, Arrays, Failure, Layout, TensorSpec, Update, all_finite
+from fedpeft.records import BESIDE, Arrays, Assignment, Failure, Layout, TensorSpec, Update, all_finite
 from fedpeft.server.exchange import Reply
 
 MAX_EXAMPLES = 10**9  # nobody has more; a larger weight would take over every mean
@@ -27,12 +27,12 @@ def judge(reply: Reply, base: str, specs: Mapping[str, TensorSpec]) -> Update | 
     if isinstance(answer, Failure):
         return Failure(asked.round, asked.client, answer.reason, _spent(answer.epsilon))
     reason = _identity(answer, trained_on, reply, base) or _content(answer, specs)
-    return refused(answer, reason) if reason else answer
+    return refused(answer, asked, reason) if reason else answer
 
 
-def refused(update: Update, reason: str) -> Failure:
+def refused(update: Update, asked: Assignment, reason: str) -> Failure:
     """What is left of an update that is not taken: its cost in privacy stands."""
-    return Failure(update.round, update.client, reason, _spent(update.metrics.get("epsilon")))
+    return Failure(asked.round, asked.client, reason, _spent(update.metrics.get("epsilon")))
 
 
 def _spent(epsilon: float | None) -> float | None:

@@ -58,7 +58,7 @@ def main(grid: Grid, context: Context) -> None:
         announce(config, parts, folder, screen)
         nodes = Nodes(grid, config, len(parts.worker.nodes), screen)
         nodes.wait(config.strategy.round_timeout)
-        ready = Prepared(parts.adapted, parts.strategy, parts.task, parts.worker.surveys)
+        ready = Prepared(parts.adapted, parts.strategy, parts.task, parts.worker.surveys, parts.worker.drawn)
         federation = make(config, ready, parts.test, parts.data_digest, nodes, len(parts.worker.nodes), parts.ranks, folder.ledger)
         keep_samples("before", config, parts, federation, federation.arrays, folder)
         outcome = rounds.run(federation, grid, folder, screen)

@@ -12,6 +12,7 @@ Under differential privacy nothing is measured on the clients' own examples.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from fedpeft import durable
 from fedpeft.config import Config
 from fedpeft.data.encoded import Encoded, joined
 from fedpeft.data.partitions import label_counts
+from fedpeft.intervals import best
 from fedpeft.records import Arrays
 from fedpeft.server.run_folder import RunFolder
 from fedpeft.simulations.assemble import Parts
@@ -45,8 +47,8 @@ def measure(config: Config, parts: Parts, arrays: Arrays, folder: RunFolder) -> 
     durable.replace(folder.path / "clients.json", (json.dumps(lines, indent=2, ensure_ascii=False) + "\n").encode())
     if not values:
         return None
-    pick = min if parts.task.higher_is_better else max
-    worst = pick(values, key=lambda client: values[client])
+    lost = [client for client, value in values.items() if not math.isfinite(value)]
+    worst = lost[0] if lost else best(values, not parts.task.higher_is_better)
     spread = list(values.values())
     return {
         "metric": metric,

@@ -124,7 +124,7 @@ def _federation(config: Config, parts: Parts, roster: Callable[[], dict[int, int
         mine = [(len(parts.worker.nodes[client].train), memory) for client, memory in parts.worker.memory.items()]
         return {**arrays, **weighted_mean(mine, like=mine[0][1])} if parts.strategy.personal and mine else arrays
 
-    ready = Prepared(parts.adapted, parts.strategy, parts.task, parts.worker.surveys)
+    ready = Prepared(parts.adapted, parts.strategy, parts.task, parts.worker.surveys, parts.worker.drawn)
     made = make(config, ready, parts.test, parts.data_digest, roster, len(parts.worker.nodes), parts.ranks, ledger, reported)
     guards = parts.worker.guards
     return replace(

@@ -22,6 +22,7 @@ import yaml
 from fedpeft import yaml_file
 from fedpeft.config import Config
 from fedpeft.errors import FedpeftError, Problem, RunStopped, UserError
+from fedpeft.intervals import best
 from fedpeft.quiet import quiet_libraries
 from fedpeft.records import RoundRecord
 from fedpeft.runs import Run, read_run
@@ -143,9 +144,9 @@ def _tune(arm: Arm, out: pathlib.Path, json: bool) -> tuple[Candidate | None, li
         for candidate, (run, reason) in zip(arm.candidates, stands, strict=True)
     ]
     scores = {index: cell.result("final") for index, cell in enumerate(cells) if cell.run}
-    pick = max if all(cell.run.higher_is_better for cell in cells if cell.run) else min
-    best = pick(scores, key=lambda index: scores[index], default=None)
-    return None if best is None else arm.candidates[best], [Trial(cell, index == best) for index, cell in enumerate(cells)]
+    higher = all(cell.run.higher_is_better for cell in cells if cell.run)
+    top = best(scores, higher) if scores else None
+    return None if top is None else arm.candidates[top], [Trial(cell, index == top) for index, cell in enumerate(cells)]
 
 
 def _settle(config: Config, folder: pathlib.Path, title: str, json: bool) -> bool:

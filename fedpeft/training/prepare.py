@@ -17,6 +17,7 @@ from fedpeft.privacy import planning
 from fedpeft.privacy.guard import Guard
 from fedpeft.privacy.ledger import Ledger
 from fedpeft.privacy.planning import Plan
+from fedpeft.records import Arrays
 from fedpeft.strategies.strategy import Strategy
 from fedpeft.tasks.task import Task
 from fedpeft.training import private
@@ -36,6 +37,7 @@ class Prepared:
     strategy: Strategy
     task: Task
     surveys: Mapping[str, Any]  # action -> survey that the config agrees to
+    drawn: Arrays  # adapter and head as the seed gives them, whatever is written into the model later
 
 
 def check(config: Config, labels: int, problems: Problems) -> None:
@@ -79,7 +81,9 @@ def prepare(config: Config, labels: int) -> Prepared:
     surveys = {ADAPTER: adapter.survey()}
     if task.class_statistics:
         surveys = {config.training.head_init: find("head_init", config.training.head_init)(), **surveys}
-    return Prepared(adapted, strategy, task, {action: survey for action, survey in surveys.items() if survey and survey.asks})
+    return Prepared(
+        adapted, strategy, task, {action: survey for action, survey in surveys.items() if survey and survey.asks}, adapted.read()
+    )
 
 
 def plans(config: Config, clients: Mapping[str, int]) -> list[Plan]:

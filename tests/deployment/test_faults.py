@@ -19,7 +19,7 @@ from fedpeft.flower_link import Link
 from fedpeft.health import ask
 from fedpeft.keys import make
 
-from .conftest import NAMES, Proxy, superlink_of
+from .conftest import NAMES, Proxy, superlink_of, wait_until
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -70,6 +70,22 @@ def test_everybody_dies_and_nothing_happened(stateful, deploy, tmp_path):
     simulate(Config.from_dict(stateful), tmp_path / "simulated")
     deployment = play(deploy(stateful), DEATHS)
     assert_nothing_happened(deployment, tmp_path / "simulated")
+
+
+def test_an_answer_for_a_run_that_is_gone_keeps_nobody_from_the_next(three, deploy):
+    """Another run at the same address, of which Flower's new SuperLink knows nothing that was before."""
+    deployment = deploy(three)
+    first = [deployment.server(), deployment.client("anna"), deployment.client("ben")]
+    carla = deployment.client("carla", dying=("before-sending:2",))
+    wait_until(lambda: carla.popen.poll() is not None, 90, lambda: carla.said)
+    for process in first:
+        process.kill()
+    deployment.run = deployment.folder / "another"
+    server, clients = deployment.server(), [deployment.client(name) for name in NAMES]
+    assert server.end(200) == 0, server.said
+    assert [client.end(30) for client in clients] == [0, 0, 0], [client.said for client in clients]
+    assert "belongs to another run, and is dropped" in clients[2].said
+    assert all(line["accepted"] == 3 for line in deployment.rounds()[1:])
 
 
 MORE_DEATHS = {"anna": ("after-sending:1",), "ben": ("receiving:2",), "carla": ("uploading:3",), "server": ("waiting:1", "checkpoint:3")}

@@ -12,7 +12,7 @@ from fedpeft import Config, UserError, flower_private, wire
 from fedpeft.client.history import State
 from fedpeft.client.memory import Folder, Memory
 from fedpeft.client.own_file import agree, load
-from fedpeft.client.resident import Resident
+from fedpeft.client.resident import WITHHELD, Resident
 from fedpeft.records import Assignment, Failure, Update
 from fedpeft.screen import Plain
 from fedpeft.server.roster import task
@@ -284,6 +284,30 @@ def test_a_torn_memory_is_passed_over(tmp_path):
     assert again.rounds.before(6).memory["x"][0] == 4
     assert again.rounds.before(4).memory["x"][0] == 3
     assert again.rounds.before(3) == State()
+
+
+def test_a_line_that_was_torn_costs_itself_alone(tmp_path):
+    memory = Memory(Folder(tmp_path), "run1")
+    memory.note_sent({"action": "train", "failed": False})
+    with (memory.path / "sent.jsonl").open("a") as file:
+        file.write('{"time": 1.0, "act')
+    memory.note_sent({"action": "train", "failed": False})
+    assert memory.trained == 2
+
+
+@pytest.mark.parametrize("run", ["outbox", "node", "a/b", ""])
+def test_a_run_is_not_called_as_a_file_of_the_client(run, tmp_path):
+    with pytest.raises(UserError, match="is no name of a run"):
+        Memory(Folder(tmp_path), run)
+
+
+def test_what_is_wrong_with_a_clients_own_rows_stays_there(connected, settings):
+    """The server chooses the labels that it asks for: by asking again and again it could list those there are."""
+    answer = connected.ask(Assignment(wire.JOIN, 0, 1, task(Config.from_dict(settings), "abc123", ["money", "sport"], 3)))
+    assert isinstance(answer, Failure) and answer.reason == f"refused: {WITHHELD}"
+    assert "the label 'space'" in connected.screen.getvalue()
+    beyond = {**settings, "training": {**settings["training"], "max_steps": 51}}
+    assert "limits.max_steps: the server wants 51" in connected.join(beyond).reason
 
 
 def test_two_processes_do_not_share_a_memory(tmp_path):

@@ -131,3 +131,9 @@ def test_every_key_says_what_it_is():
     from fedpeft.listing import describe
 
     assert all(line.split(": ", 1)[1].strip() not in {"", "None"} for line in describe("config"))
+
+
+def test_a_key_below_an_explicit_null_can_be_set(tmp_path):
+    (tmp_path / "config.yaml").write_text(Config.load().to_yaml())
+    settings = ["privacy.target_epsilon=3", "training.head_init=random"]
+    assert Config.load(tmp_path / "config.yaml", settings).privacy.target_epsilon == 3

@@ -85,6 +85,21 @@ def test_a_spoilt_list_names_its_line(text, says, folder):
         keys.listed(folder)
 
 
+@pytest.mark.parametrize(("said", "says"), [("y", "'y'"), ("1", "1"), ('"true"', "'true'")])
+def test_who_is_revoked_by_another_word_is_not_let_in(said, says, folder):
+    anna = keys.listed(folder)[0].key
+    (folder / "clients.yaml").write_text(f"anna: {{client: 0, key: {anna}, revoked: {said}}}")
+    with pytest.raises(UserError, match=rf'line 1: revoked of "anna" is {says}; allowed: true or false'):
+        keys.listed(folder)
+
+
+def test_a_name_that_yaml_takes_for_something_else_is_one_line(folder):
+    anna = keys.listed(folder)[0].key
+    (folder / "clients.yaml").write_text(f"no: {{client: 0, key: {anna}}}")
+    with pytest.raises(UserError, match=r"False is no name; write it in quotes"):
+        keys.listed(folder)
+
+
 def test_two_clients_cannot_share_a_key(folder):
     anna = keys.listed(folder)[0].key
     (folder / "clients.yaml").write_text(f"anna: {{client: 0, key: {anna}}}\nben: {{client: 1, key: {anna}}}\n")
@@ -96,6 +111,10 @@ def test_a_private_key_that_others_can_read_is_not_used(folder):
     (folder / "anna" / "key").chmod(0o644)
     with pytest.raises(UserError, match=r"can be read by others.*chmod 600"):
         keys.private_key(folder / "anna")
+    keys.private(folder / "server.key")
+    (folder / "server.key").chmod(0o640)
+    with pytest.raises(UserError, match=r"server.key can be read by others.*chmod 600"):
+        keys.private(folder / "server.key")
 
 
 @pytest.mark.parametrize("data", [b"", b"rubbish", b"-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END OPENSSH PRIVATE KEY-----\n"])

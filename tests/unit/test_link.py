@@ -88,5 +88,16 @@ def test_what_nobody_waits_for_any_more_is_dropped(made):
     runtime.there = 1
     assert grid.pull_messages([asked]) == []
     runtime.there = len(runtime.parts)
-    assert grid.pull_messages(["another"]) == []
+    grid.forget([asked])
     assert grid.pull_messages([asked]) == []
+
+
+def test_a_reply_is_kept_while_others_are_asked_for(made):
+    """Flower announces it once, and both the round and the roster look for theirs."""
+    grid, runtime, asked = made
+    runtime.there = 1
+    assert grid.pull_messages([asked]) == []
+    assert grid.pull_messages(["another"]) == []
+    runtime.there = len(runtime.parts)
+    assert grid.pull_messages(["another"]) == []
+    assert len(grid.pull_messages([asked])) == 1
