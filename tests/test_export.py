@@ -104,6 +104,12 @@ def test_an_adapter_of_higher_rank_is_said_to_be_one(tiny_settings, tmp_path):
     assert "trained with 4: what went into the backbone is part of it, exactly" in said
 
 
+def test_an_adapter_of_clients_with_ranks_of_their_own_is_given_too(tiny_settings, tmp_path):
+    adapter = {**tiny_settings["adapter"], "r": [2, 4]}
+    simulate(Config.from_dict({**tiny_settings, "adapter": adapter, "strategy": {"name": "flex_lora", "num_rounds": 1}}), tmp_path / "run")
+    assert export(tmp_path / "run", tmp_path / "given", None, merge=False, dtype="float32").endswith("of rank 4")
+
+
 def test_a_clients_own_model_is_exported_by_its_name(tiny_settings, tmp_path):
     from transformers import AutoModelForSequenceClassification
 

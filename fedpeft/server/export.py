@@ -56,7 +56,8 @@ def _copied(done: Run, adapter: pathlib.Path, to: pathlib.Path) -> str:
     if "r" not in settings:
         return said
     rank, trained = max([settings["r"], *(settings.get("rank_pattern") or {}).values()]), done.config["adapter"].get("r")
-    more = f" (trained with {trained}: what went into the backbone is part of it, exactly)" if trained and rank > trained else ""
+    grown = isinstance(trained, int) and rank > trained  # clients of their own ranks have no one rank
+    more = f" (trained with {trained}: what went into the backbone is part of it, exactly)" if grown else ""
     return f"{said}, of rank {rank}{more}"
 
 
@@ -65,7 +66,7 @@ def _merged(done: Run, folder: RunFolder, adapter: pathlib.Path, to: pathlib.Pat
     from peft import PeftModel
     from peft.utils import ModulesToSaveWrapper
 
-    config, labels = Config.load(folder.config), list(done.summary["labels"])
+    config, labels = Config.load(folder.config), list(done.summary.get("labels", ()))
     if config.model.quantization is not None:
         got = f"the run's base was quantised ({config.model.quantization}), and the adapter fits that one"
         raise UserError(Problem("--merge", got, do="export without --merge"))
