@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fedpeft.records import Arrays
+from fedpeft.records import BESIDE, Arrays
 
 
 def difference(left: Arrays, right: Arrays) -> Arrays:
@@ -18,6 +18,17 @@ def difference(left: Arrays, right: Arrays) -> Arrays:
 def norm(arrays: Arrays) -> float:
     """Euclidean norm over all entries of all arrays."""
     return float(np.sqrt(sum(float(np.vdot(a, a).real) for a in (arrays[name].astype(np.float64) for name in sorted(arrays)))))
+
+
+def movement(arrays: Arrays, start: Arrays) -> float:
+    """How far `arrays` went from where they started; what started nowhere counts from zero, what is beside the adapter not at all."""
+    moved = {name: array for name, array in arrays.items() if not name.startswith(BESIDE)}
+    return norm({**moved, **difference({name: moved[name] for name in moved if name in start}, start)})
+
+
+def beyond(norm: float, most: float) -> str | None:
+    """Why an update that went so far is not to be believed; None when it may be."""
+    return f"over norm: {norm:.3g} above strategy.max_update_norm {most:.3g}" if norm > most else None
 
 
 def weighted_mean(weighted: Iterable[tuple[float, Arrays]], like: Arrays) -> Arrays:

@@ -92,12 +92,18 @@ class Worker:
             metrics |= {"epsilon": epsilon} if epsilon is not None else {}
             metrics |= {"fell_back": 1.0} if trained.fell_back else {}
             upload, memory = self.strategy.end(turn, job.start, trained.arrays)
-            if not (all_finite(upload) and all_finite(memory)):  # one such turn is not remembered: the client would be lost for good
-                answers.append(Failure(job.round, job.client, NOT_FINITE, epsilon))
+            if reason := self._unbelievable(turn, upload, memory):  # such a turn is not remembered: the next would begin from it
+                answers.append(Failure(job.round, job.client, reason, epsilon))
                 continue
             self.memory[job.client] = memory
             answers.append(Update(job.round, job.client, upload, len(job.data), metrics, trained.seconds))
         return answers
+
+    def _unbelievable(self, turn: Turn, upload: Arrays, memory: Arrays) -> str | None:
+        """Why a server would not take the upload, if it would not."""
+        if not (all_finite(upload) and all_finite(memory)):
+            return NOT_FINITE
+        return arrays.beyond(arrays.movement(upload, turn.received), self.config.strategy.max_update_norm)
 
     def _spent(self, client: int) -> float | None:
         """Epsilon of all that the client has released; None where nothing is promised."""

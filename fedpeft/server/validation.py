@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from fedpeft import arrays, wire
 from fedpeft.adapters.frozen import pretrained
-from fedpeft.records import BESIDE, Arrays, Assignment, Failure, Layout, TensorSpec, Update, all_finite
+from fedpeft.records import Arrays, Assignment, Failure, Layout, TensorSpec, Update, all_finite
 from fedpeft.server.exchange import Reply
 
 MAX_EXAMPLES = 10**9  # nobody has more; a larger weight would take over every mean
@@ -71,13 +71,10 @@ def movement(update: Update, received: Arrays, max_norm: float, may_stay: bool =
 
     What was not sent counts from zero. What travels `may_stay` where more is trained than travels (A, while B is zero).
     """
-    moved = {name: array for name, array in update.arrays.items() if not name.startswith(BESIDE)}
-    norm = arrays.norm({**moved, **arrays.difference({name: moved[name] for name in moved if name in received}, received)})
+    norm = arrays.movement(update.arrays, received)
     if norm == 0 and not may_stay:
         return norm, "did not move: the adapter came back as it was sent (learning rate 0, or nothing to train?)"
-    if norm > max_norm:
-        return norm, f"over norm: {norm:.3g} above strategy.max_update_norm {max_norm:.3g}"
-    return norm, None
+    return norm, arrays.beyond(norm, max_norm)
 
 
 def _said(spec: TensorSpec | None) -> str:
