@@ -55,7 +55,7 @@ class Ledger:
     def check(self, released: int) -> None:
         """Raise UserError when fewer are charged than are known to have left: a file without its end follows from nothing wrong."""
         if len(self.history) < released:
-            got = f"{len(self.history)} releases are charged here, and {released} updates have left this machine: the file has lost its end"
+            got = f"{len(self.history)} releases are charged, and {released} updates have left this machine: the end is lost"
             raise UserError(Problem(str(self.path), got, do="put the file back as it was; without it no epsilon can be stated"))
 
     def reserve(self, round: int, release: Release) -> None:

@@ -21,7 +21,7 @@ from fedpeft.records import Arrays
 def full_gradients(
     adapted: Adapted, task: Any, arrays: Arrays, data: Encoded, batches: Sequence[Indices]
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """(module, dL/dW [d_out, d_in]) of every LoRA layer at `arrays` with B = 0, the mean over the examples of `batches`; dropout is off."""
+    """(module, dL/dW [d_out, d_in]) of every LoRA layer at `arrays` with B = 0; L is the mean over all examples, dropout is off."""
     import torch
 
     layout = adapted.layout()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 COPIES = 5  # of every client's numbers
-ON_CPU = 768  # tokens of a pass a thread: more of them fall out of the cache, and rows of like length part less well (benchmarks/engine.py)
+ON_CPU = 768  # tokens of a pass, a thread: more fall out of the cache, and part rows of like length less well
 
 PASSES = 16  # that rows are sorted into by length: more make them hardly more alike
 

@@ -48,7 +48,8 @@ def build(tiny_settings, tiny_bert, tmp_path):
         saved(make, tiny_bert, tmp_path / "base")
         adapter = {"name": "lora", "r": 4, "target_modules": {**OURS, **TARGETS}.get(make, "all-linear")}
         settings = {**tiny_settings, "adapter": adapter, "model": {"name": str(tmp_path / "base"), "dropout": dropout}}
-        config = Config.from_dict({**settings_with(settings, **{"optimizer": "sgd", "learning_rate": 0.1, **training}), "privacy": privacy})
+        whole = settings_with(settings, **{"optimizer": "sgd", "learning_rate": 0.1, **training})
+        config = Config.from_dict({**whole, "privacy": privacy})
         return config, assemble(config)
 
     return make_parts
