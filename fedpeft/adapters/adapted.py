@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft import frozen_linear
 from fedpeft.adapters import layers
 from fedpeft.adapters.backbone import Backbone, as_higher_rank
 from fedpeft.adapters.rank_space import CORE, fold
@@ -53,6 +54,7 @@ class Adapted:
         self.trained = tuple(name for name, parameter in self.parameters.items() if parameter.requires_grad)
         for wrapper in self._head_wrappers():
             wrapper.register_forward_pre_hook(_as_float32)
+        frozen_linear.install(model)
         self.backbone = Backbone(model, base.device)
         self.prefix = Prefix(self)  # keeps nothing until it is told to
         self.unread = Unread(self)  # nor leaves anything out

@@ -16,6 +16,8 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fedpeft import frozen_linear
+
 if TYPE_CHECKING:
     import torch
 
@@ -90,7 +92,7 @@ def _function() -> Any:
             pulls = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # dL_i / dh_i
             for start in range(0, len(hidden), size):
                 rows = slice(start, start + size)
-                z = torch.nn.functional.linear(hidden[rows], layer.weight, layer.bias).to(wide)  # [size, V]
+                z = frozen_linear.product(hidden[rows], layer.weight, layer.bias).to(wide)  # [size, V]
                 slope = None
                 if layer.softcap is not None:
                     z = z.div_(layer.softcap).tanh_()
@@ -102,7 +104,7 @@ def _function() -> Any:
                 if pulls is not None:
                     p = z.sub_(top).exp_().scatter_add_(1, own, z.new_full((), -1.0).expand_as(own))
                     p = p if slope is None else p.mul_(slope)
-                    pulls[rows] = p.to(layer.weight.dtype) @ layer.weight
+                    pulls[rows] = frozen_linear.product(p.to(layer.weight.dtype), layer.weight.t())
             ctx.save_for_backward(pulls)
             ctx.mark_non_differentiable(likeliest)
             return losses, likeliest
