@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,9 @@ from fedpeft.data.examples import Indices
 from fedpeft.records import Failure
 from fedpeft.training import memory
 from fedpeft.training.job import Job, Trained, batches, dropout_seed, rates
+from fedpeft.training.lanes import Lanes
 from fedpeft.training.masks import Dropouts, Masks, Span, UnsuitedError
-from fedpeft.training.passes import Batch, Pass, Rows, cut, length, pools
+from fedpeft.training.passes import Batch, Pass, Plan, Rows, deal, length, pools
 from fedpeft.training.seating import seat
 from fedpeft.training.stacked import Stacked
 from fedpeft.training.stacked_layers import stacked
@@ -60,12 +62,14 @@ class CohortTraining:
         self.plans: list[list[Parts]] = [plans[place] for place in self.order]  # [clients][steps]
         private = self.jobs[0].private is not None
         starts = [job.start for job in self.jobs]
-        self.trained = Stacked(starts, order(self.jobs[0]), self.device, train=True, by_row=private)
+        self.lanes = Lanes[Pass](self.device)
+        self.trained = Stacked(starts, order(self.jobs[0]), self.device, self.lanes.count, by_row=private)
         self.cohort = seat(self.adapted, starts, self.trained)
         self.rules = StackedRules(self.config, self.adapted.layout(), self.jobs, self.trained)
         self.private = StackedPrivacy(self.config, self.adapted, self.jobs, self.trained) if private else None
         self.generators = [torch.Generator(self.device).manual_seed(dropout_seed(self.config, job)) for job in self.jobs]
         self.rows = [0] * len(self.jobs)  # of each client, that went through the model
+        self.drops = True  # the model asks for dropout masks, for all we know
 
     def run(self) -> list[Trained | Failure]:
         """Train; what came of the jobs, in the order they were given in."""
@@ -77,37 +81,39 @@ class CohortTraining:
         for place, job in enumerate(self.jobs):
             schedules[: steps[place], place] = rates(self.config, len(job.data), job.round)
         self.adapted.model.train()
-        gradients = self.trained.gradients
-        assert gradients is not None
-        losses = torch.zeros(steps[0], len(self.jobs), device=self.device)
-        with stacked(self.adapted, self.cohort):
+        losses = torch.zeros(steps[0], self.lanes.count, len(self.jobs), device=self.device)
+        with stacked(self.adapted, self.cohort), self.lanes:
             self._probe()
             before = self._randomness()
             for step in range(steps[0]):
                 n = sum(count > step for count in steps)  # those who are not done come first
-                gradients.zero_()
+                self.trained.gradients.zero_()
                 if self.private is not None:
                     self._backward([self.private.parts(place) for place in range(n)], losses[step])
                     self.private.release(n)
                 else:
                     self._backward([self.plans[place][step] for place in range(n)], losses[step])
                     if self.config.training.max_grad_norm is not None:
-                        _clip(gradients[:n], self.config.training.max_grad_norm)
+                        _clip(self.trained.gradient[:n], self.config.training.max_grad_norm)
                 self.rules.step(n, torch.from_numpy(schedules[step, :n, None]).to(self.device))
             if self._randomness() != before:
                 raise UnsuitedError("the model draws random numbers of its own")
-        return self._ended(losses.cpu().numpy(), steps, time.perf_counter() - started)
+        return self._ended(losses.sum(dim=1).cpu().numpy(), steps, time.perf_counter() - started)
 
     def _backward(self, plans: Sequence[Parts], losses: torch.Tensor) -> None:
-        """Add up the gradients and losses of a step of the first clients, whose batches are `plans`."""
+        """The gradient of a step of the first clients, whose batches are `plans`; each lane's losses [lanes, clients] are added up."""
+
+        def learn(one_pass: Pass, lane: int) -> None:
+            loss = self._forward(one_pass, lane)
+            loss.sum().backward()  # type: ignore[no-untyped-call]
+            losses[lane].index_add_(0, self.cohort.seats, loss.detach())
+            if self.private is not None:
+                self.private.take(self.cohort.seats, lane)
+
         for together in self._batches(plans):
             for pool in pools(together, self.pool_tokens):
-                for one_pass in cut(pool, self.pass_tokens, self.pass_rows):
-                    loss = self._forward(one_pass)
-                    loss.sum().backward()  # type: ignore[no-untyped-call]
-                    losses.index_add_(0, self.cohort.seats, loss.detach())
-                    if self.private is not None:
-                        self.private.take(self.cohort.seats)
+                self.lanes.run(deal(pool, self.lanes.count, self.plan), learn)
+        self.trained.add_up(len(plans))
 
     def _batches(self, plans: Sequence[Parts]) -> Iterator[Iterator[Batch]]:
         """What may be dealt into passes together: everything, or with dropout one batch a client, whose masks come in its own order."""
@@ -123,21 +129,27 @@ class CohortTraining:
         share = 1.0 if self.private is not None else 1.0 / sum(len(rows) for rows in plan)
         return Batch(place, data, rows, share, masks)
 
-    def _forward(self, one_pass: Pass) -> torch.Tensor:
+    def _forward(self, one_pass: Pass, lane: int = 0) -> torch.Tensor:
         """Each row's share of its client's loss, [rows]."""
         import torch
 
         inputs, labels = one_pass.tensors(self.adapted.base.tokenizer, self.device)
-        longest = one_pass.time
-        self.cohort.sit(one_pass.seats(), longest, self.device)
+        self.cohort.sit(one_pass.seats(), one_pass.time, self.device, lane)
+        with self.adapted.prefix.serving(one_pass.data, np.arange(len(one_pass.data))), self._dropouts(one_pass):
+            loss: torch.Tensor = self.task.losses(self.adapted.model, inputs, labels)
+        return loss * torch.tensor(one_pass.shares(), device=self.device)
+
+    def _dropouts(self, one_pass: Pass) -> AbstractContextManager[Any]:
+        """What answers the model's dropouts; nothing, where the probe met none."""
+        if not self.drops:
+            return nullcontext()
         spans, start = [], 0
         for part in one_pass.parts:
             assert part.batch.masks is not None
             spans.append(Span(part.batch.masks, part.chosen, start))
             start = spans[-1].stop
-        with self.adapted.prefix.serving(one_pass.data, np.arange(spans[-1].stop)), Dropouts(spans, longest).mode():
-            loss: torch.Tensor = self.task.losses(self.adapted.model, inputs, labels)
-        return loss * torch.tensor(one_pass.shares(), device=self.device)
+        mode: AbstractContextManager[Any] = Dropouts(spans, one_pass.time).mode()
+        return mode
 
     def _probe(self) -> None:
         """Send one row through the model, to see that it can be done and how much may be done at once."""
@@ -156,15 +168,15 @@ class CohortTraining:
         if untouched := [name for name, own in self.trained.tensors.items() if not own.reached]:
             raise UnsuitedError(f"{untouched[0]} gets no gradient")
         for own in self.trained.tensors.values():
-            own.rows = None
+            own.rows.clear()
         fit = memory.tokens_at_once(self.config.training, self.device, kept() / longest)
-        self.pass_tokens = max(longest, fit // self.divisor)
-        self.pass_rows = None
+        most = None
         if self.private is not None:
-            self.pass_rows = max(1, memory.rows_at_once(self.config.training, self.device, self.trained.width) // self.divisor)
+            most = max(1, memory.rows_at_once(self.config.training, self.device, self.trained.width) // self.divisor)
+        self.plan = Plan(max(longest, fit // self.divisor), most, memory.overhead(self.device))
         drawn = sum(mask.nbytes for mask in masks.drawn)
         self.drops = drawn > 0
-        self.pool_tokens = memory.tokens_with_masks(self.config.training, self.device, drawn / longest, self.pass_tokens)
+        self.pool_tokens = memory.tokens_with_masks(self.config.training, self.device, drawn / longest, self.plan.tokens)
 
     def _randomness(self) -> bytes:
         """The state of torch's own generators: it changes when a model draws numbers that no client's generator gave."""

@@ -21,7 +21,7 @@ from fedpeft.records import BESIDE, Arrays, Metrics
 from fedpeft.sections import TrainingSection
 from fedpeft.training import evaluate, memory
 from fedpeft.training.masks import UnsuitedError
-from fedpeft.training.passes import Batch, cut, length
+from fedpeft.training.passes import Batch, Plan, by_length, cut, length
 from fedpeft.training.seating import seat
 from fedpeft.training.stacked_layers import obstacle, stacked
 
@@ -64,9 +64,10 @@ def _together(adapted: Adapted, task: Any, models: Sequence[Model], training: Tr
     batches = [Batch(place, data, np.arange(len(data)), 1.0, None) for place, (_, data) in enumerate(models)]
     most = training.per_device_eval_batch_size
     tokens = most * max(length(data, row) for _, data in models for row in range(len(data)))
+    plan = Plan(tokens, most, memory.overhead(adapted.base.device))
     found: list[dict[int, Any]] = [{} for _ in models]
     with stacked(adapted, cohort), torch.no_grad():
-        for one_pass in cut(batches, tokens, most):
+        for one_pass in cut(by_length(batches), batches, plan):
             inputs, labels = one_pass.tensors(adapted.base.tokenizer, adapted.base.device)
             cohort.sit(one_pass.seats(), one_pass.time, adapted.base.device)
             with adapted.prefix.serving(one_pass.data, np.arange(len(one_pass.data))):

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from fedpeft import seeds
 from fedpeft.adapters.adapted import Adapted
@@ -26,6 +29,7 @@ from fedpeft.training import memory, one
 from fedpeft.training.cohort import CohortTraining, Setting
 from fedpeft.training.job import BREAKS, Job, Trained, broken
 from fedpeft.training.masks import UnsuitedError
+from fedpeft.training.passes import length
 from fedpeft.training.stacked_layers import obstacle
 
 log = logging.getLogger(__name__)
@@ -60,18 +64,27 @@ def _in_cohorts(setting: Setting, jobs: Sequence[Job]) -> list[Trained | Failure
         alike.setdefault(job.names, []).append(number)
     ended: dict[int, Trained | Failure] = {}
     for numbers in alike.values():
-        size = memory.clients_at_once(setting.config.training, device, max(_numbers(jobs[number]) for number in numbers))
+        size = memory.clients_at_once(setting.config.training, device, max(_numbers(jobs[number], device) for number in numbers))
+        if setting.config.training.clients_at_once is None:
+            size = min(size, memory.clients_that_pay(device, _tokens(setting.config, [jobs[number] for number in numbers])) or size)
+            size = math.ceil(len(numbers) / math.ceil(len(numbers) / size))  # cohorts of like size
         for first in range(0, len(numbers), size):
             seated = numbers[first : first + size]
             ended |= zip(seated, _attempt(setting, [jobs[number] for number in seated], 1), strict=True)
     return [ended[number] for number in range(len(jobs))]
 
 
-def _numbers(job: Job) -> int:
+def _numbers(job: Job, device: str) -> int:
     """Numbers that train; of the others one copy stands at most."""
     sizes = {name: array.size for name, array in job.start.items() if not name.startswith(BESIDE)}
     trained = sum(sizes[name] for name in job.names)
-    return trained + (sum(sizes.values()) - trained) // memory.COPIES
+    return trained + (sum(sizes.values()) - trained) // memory.copies(device)
+
+
+def _tokens(config: Config, jobs: Sequence[Job]) -> float:
+    """Tokens of a step of a client, on average."""
+    lengths = [np.mean([length(job.data, row) for row in range(len(job.data))]) for job in jobs]
+    return float(np.mean(lengths)) * config.training.per_device_train_batch_size
 
 
 def _attempt(setting: Setting, jobs: Sequence[Job], divisor: int) -> list[Trained | Failure]:

@@ -10,6 +10,7 @@ they are other masks of the same law, equal whoever shares the pass.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,15 +31,17 @@ class Masks:
     rows: int
     time: int  # its longest row
     drawn: list[torch.Tensor] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # lanes may hold rows of the same batch
 
     def get(self, question: int, shape: Sequence[int], keep: float) -> torch.Tensor:
         """What is kept, of `shape`."""
         import torch
 
-        if question == len(self.drawn):
-            mask = torch.empty(tuple(shape), dtype=torch.bool, device=self.generator.device)
-            self.drawn.append(mask.bernoulli_(keep, generator=self.generator))
-        return self.drawn[question]
+        with self._lock:
+            if question == len(self.drawn):
+                mask = torch.empty(tuple(shape), dtype=torch.bool, device=self.generator.device)
+                self.drawn.append(mask.bernoulli_(keep, generator=self.generator))
+            return self.drawn[question]
 
 
 @dataclass(frozen=True)

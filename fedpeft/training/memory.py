@@ -1,13 +1,14 @@
 """How much engine `many` takes on at once, from a budget of memory.
 
-Half of the budget is for what each client of a cohort has: five copies of its numbers (start, values, gradients and two
-moments). A quarter is for the activations of a pass: what the backward pass needs is counted, tensor by tensor, while one
+Half of the budget is for what each client of a cohort has: copies of its numbers (start, values, two moments, and gradients for
+each lane: lanes.py). A quarter is for the activations of a pass: what the backward pass needs is counted, tensor by tensor, while one
 row goes through the model, and a pass may hold as many tokens as fit. A quarter is for dropout masks, which wait for the
 passes that need them. The plan depends on the machine, the model and the jobs alone, so that a repeated run is cut alike.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,10 @@ from fedpeft.sections import TrainingSection
 if TYPE_CHECKING:
     import torch
 
-COPIES = 5  # of every client's numbers
-ON_CPU = 768  # tokens of a pass, a thread: more fall out of the cache, and part rows of like length less well
+MOST_LANES = 8  # threads with passes of their own: what Python does between the products, one thread does at a time
+ON_CPU = 512  # tokens of a pass, a thread: more are hardly faster, and take memory
+
+OVERHEAD = {"cpu": 64, "cuda": 1024}  # of a pass, in tokens: a small model's on a CPU (measured), a large one's on a GPU (reckoned)
 
 PASSES = 16  # that rows are sorted into by length: more make them hardly more alike
 
@@ -35,11 +38,32 @@ def budget(training: TrainingSection, device: str) -> float:
     return 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def lanes(device: str) -> int:
+    """How many passes go through the model side by side, each on its share of the processor's threads."""
+    import torch
+
+    return 1 if device.startswith("cuda") else min(MOST_LANES, torch.get_num_threads())
+
+
+def copies(device: str) -> int:
+    """Of every client's numbers: start, values, two moments, and gradients for each lane."""
+    return 4 + lanes(device)
+
+
 def clients_at_once(training: TrainingSection, device: str, numbers: int) -> int:
     """Clients of a cohort when each has so many numbers."""
     if training.clients_at_once is not None:
         return training.clients_at_once
-    return max(1, int(budget(training, device) / 2 / (COPIES * 4 * numbers)))
+    return max(1, int(budget(training, device) / 2 / (copies(device) * 4 * numbers)))
+
+
+def clients_that_pay(device: str, tokens: float) -> int | None:
+    """Clients of a cohort beyond which more are no faster, when each sends so many tokens a step; None on a GPU, which knows no end."""
+    import torch
+
+    if device.startswith("cuda"):
+        return None
+    return max(1, math.ceil(PASSES * ON_CPU * torch.get_num_threads() / tokens))
 
 
 def tokens_at_once(training: TrainingSection, device: str, bytes_a_token: float) -> int:
@@ -47,18 +71,23 @@ def tokens_at_once(training: TrainingSection, device: str, bytes_a_token: float)
     import torch
 
     fit = int(budget(training, device) / 4 / bytes_a_token)
-    return fit if device.startswith("cuda") else min(fit, ON_CPU * torch.get_num_threads())
+    return fit if device.startswith("cuda") else min(fit, ON_CPU * torch.get_num_threads()) // lanes(device)
+
+
+def overhead(device: str) -> int:
+    """As many tokens cost what a pass costs beside its tokens."""
+    return OVERHEAD[device.partition(":")[0]]
 
 
 def tokens_with_masks(training: TrainingSection, device: str, bytes_a_token: float, tokens: int) -> int:
     """Tokens whose masks may stand in memory while their rows are dealt into passes of `tokens`."""
     fit = int(budget(training, device) / 4 / max(1.0, bytes_a_token))
-    return max(tokens, min(fit, PASSES * tokens))
+    return max(tokens, min(fit, PASSES * tokens * lanes(device)))
 
 
 def rows_at_once(training: TrainingSection, device: str, numbers: int) -> int:
     """Rows of a pass each of which has a gradient of so many numbers for itself: what is gathered, found, and clipped."""
-    return int(budget(training, device) / 4 / (3 * 4 * numbers))
+    return int(budget(training, device) / 4 / (3 * 4 * numbers)) // lanes(device)
 
 
 @contextmanager

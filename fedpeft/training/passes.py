@@ -2,15 +2,17 @@
 
 Rows do not see each other in the model, so a pass may take them from anywhere, if each meets its own client's adapter. The
 rows of a step are sorted by length and cut into passes of a bounded number of tokens, each padded to its own longest row:
-less padding than any client has alone. Gradients of a client add up over the passes that hold rows of it.
+less padding than any client has alone. More passes have less padding, and each costs something of its own; the cut is the
+cheapest there is. Gradients of a client add up over the passes that hold rows of it.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from fedpeft.training.masks import Masks
 
 if TYPE_CHECKING:
     import torch
+
+FEWEST = 128  # tokens that are worth a lane of their own
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,23 @@ class Batch:
     rows: Indices
     share: float  # of each row in the loss of the client's step
     masks: Masks | None  # None where nothing drops out
+
+
+class Row(NamedTuple):
+    """One row of the batches that are dealt together."""
+
+    length: int
+    batch: int  # its place among them
+    place: int  # in the batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pass may hold, and what it costs whatever it holds."""
+
+    tokens: int  # at most, with padding; but one row always
+    rows: int | None = None  # at most
+    overhead: int = 0  # as if it had so many tokens more
 
 
 @dataclass(frozen=True)
@@ -96,14 +117,48 @@ def pools(batches: Iterable[Batch], tokens: int) -> Iterator[list[Batch]]:
         yield pool
 
 
-def cut(batches: Sequence[Batch], tokens: int, most: int | None = None) -> Iterator[Pass]:
-    """All rows of `batches` in passes of at most `tokens` with padding, and `most` rows, but at least one; the longest rows first."""
-    rows = [(length(batch.data, row), number, place) for number, batch in enumerate(batches) for place, row in enumerate(batch.rows)]
-    rows.sort(key=lambda row: -row[0])
-    while rows:
-        size = max(1, min(tokens // rows[0][0], most or len(rows)))
-        chosen: dict[int, list[int]] = {}
-        for _, number, place in sorted(rows[:size], key=lambda row: row[1:]):
-            chosen.setdefault(number, []).append(place)
-        yield Pass(tuple(Rows(batches[number], places) for number, places in chosen.items()))
-        rows = rows[size:]
+def deal(batches: Sequence[Batch], lanes: int, plan: Plan) -> list[list[Pass]]:
+    """The passes of each lane: the rows of all batches, sorted by length, in as many stretches of equally many tokens, each cut for itself.
+
+    Few tokens are not worth so many lanes; there is one at least.
+    """
+    rows = by_length(batches)
+    lengths = np.array([row.length for row in rows])
+    middles, whole = np.cumsum(lengths) - lengths / 2, int(lengths.sum())
+    lanes = max(1, min(lanes, len(rows), whole // FEWEST))
+    borders = np.searchsorted(middles, whole * np.arange(1, lanes) / lanes).tolist()
+    return [cut(rows[start:stop], batches, plan) for start, stop in itertools.pairwise([0, *borders, len(rows)]) if start < stop]
+
+
+def by_length(batches: Sequence[Batch]) -> list[Row]:
+    """All rows of `batches`, the longest first."""
+    rows = [Row(length(batch.data, row), number, place) for number, batch in enumerate(batches) for place, row in enumerate(batch.rows)]
+    return sorted(rows, key=lambda row: -row.length)
+
+
+def cut(rows: Sequence[Row], batches: Sequence[Batch], plan: Plan) -> list[Pass]:
+    """All rows in the passes that together cost least, neighbours in one pass; `rows` are sorted by length, the longest first.
+
+    cost of rows j..i-1 in one pass = length_j (i - j) + plan.overhead,      cost_i = min over j of cost_j + that
+    """
+    lengths = np.array([row.length for row in rows])
+    cost, begin = np.zeros(len(rows) + 1), np.zeros(len(rows) + 1, np.int64)
+    for i in range(1, len(rows) + 1):
+        j = np.arange(max(0, i - (plan.rows or i), i - max(1, plan.tokens // int(lengths[i - 1]))), i)
+        padded = lengths[j] * (i - j)
+        whole = np.where((padded <= plan.tokens) | (i - j == 1), cost[j] + padded + plan.overhead, np.inf)
+        begin[i] = j[best := int(whole.argmin())]
+        cost[i] = whole[best]
+    found: list[Pass] = []
+    end = len(rows)
+    while end:
+        found.append(_pass(rows[begin[end] : end], batches))
+        end = int(begin[end])
+    return found[::-1]
+
+
+def _pass(rows: Sequence[Row], batches: Sequence[Batch]) -> Pass:
+    chosen: dict[int, list[int]] = {}
+    for row in sorted(rows, key=lambda row: (row.batch, row.place)):
+        chosen.setdefault(row.batch, []).append(row.place)
+    return Pass(tuple(Rows(batches[number], places) for number, places in chosen.items()))

@@ -18,6 +18,7 @@ import hashlib
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ import numpy as np
 from fedpeft.adapters.layers import layer_of
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.examples import Indices
+from fedpeft.training.apart import mixing
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +47,15 @@ class _Reached(Exception):
         self.hidden = hidden
 
 
+class _Call(threading.local):
+    """What the layers do in the call of the model that this thread has under way."""
+
+    states: list[torch.Tensor] | None = None  # of its rows: those below layer l hand on what they are given, and l takes these
+    stops = False  # what enters l is all that is wanted
+
+
 class Prefix:
-    """The kept states of one model. `ready` says what they are of, `serving` lets a call of the model use them."""
+    """The kept states of one model. `ready` says what they are of, `serving` lets a call of the model use them, in any thread."""
 
     def __init__(self, adapted: Adapted, ask: Callable[..., Any] | None = None, kind: str = "none", gigabytes: float = 0.0) -> None:
         self.adapted = adapted
@@ -57,6 +66,8 @@ class Prefix:
         self._layers: list[Any] = []  # 0 to l
         self._at: tuple[str, int] | None = None
         self._in_training = False
+        self._call = _Call()
+        self._room = threading.Lock()  # to keep states
 
     def ready(self, data: Encoded) -> None:
         """Look where the lowest adapter is now; forget everything when it has moved."""
@@ -66,20 +77,25 @@ class Prefix:
         if found == self._at:
             return
         self._at, self._store = found, None
+        self._release()
         if found is None:
             return
         stack, first = found
         modules = dict(self.adapted.model.named_modules())
-        self._layers = [modules[f"{stack}.{number}"] for number in range(first + 1)]
+        self._hold([modules[f"{stack}.{number}"] for number in range(first + 1)])
         rows = np.arange(min(2, len(data)))
         reason = self._obstacle(data, rows)
         if reason is not None:
+            self._release()
             log.warning("prefix cache: not used, since %s", reason)
             return
         self._store = self._make(self._bound)
-        self._in_training = not self._draws(data, rows)
-        if not self._in_training:
-            log.warning("prefix cache: used in evaluation only: the base drops out below layer %d (model.dropout=false ends that)", first)
+        reason = mixing(self.adapted.model)
+        if reason is None and self._draws(data, rows):
+            reason = f"the base drops out below layer {first} (model.dropout=false ends that)"
+        self._in_training = reason is None
+        if reason is not None:
+            log.warning("prefix cache: used in evaluation only: %s", reason)
 
     @contextmanager
     def serving(self, data: Encoded, rows: Indices) -> Iterator[None]:
@@ -99,51 +115,74 @@ class Prefix:
             for place, states in zip(missing, hidden, strict=True):
                 tokens = data.inputs[rows[place]].get("input_ids")
                 found[place] = states[: states.shape[0] if tokens is None else len(tokens)].clone()
-                self._store.put(keys[place], found[place])
+                with self._room:
+                    self._store.put(keys[place], found[place])
         return found
 
-    def _computed(self, data: Encoded, rows: Indices, train: bool = False) -> torch.Tensor:
-        """What enters layer l, [rows, time, features]."""
+    def _computed(self, data: Encoded, rows: Indices) -> torch.Tensor:
+        """What enters layer l, [rows, time, features], in the mode in which the model is."""
         import torch
 
-        def stop(layer: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            raise _Reached(args[0] if args else named["hidden_states"])
-
-        hook = self._layers[-1].register_forward_pre_hook(stop, with_kwargs=True)
-        model, was = self.adapted.model, self.adapted.model.training
         assert self._ask is not None
         batch = data.batch(rows, self.adapted.base.tokenizer, self.adapted.base.device)
-        model.train(train)
+        self._call.stops = True
         try:
             with torch.no_grad():
-                self._ask(model, *batch)
+                self._ask(self.adapted.model, *batch)
         except _Reached as reached:
             return reached.hidden
         finally:
-            model.train(was)
-            hook.remove()
+            self._call.stops = False
         raise AssertionError("the model has a layer that it does not call")
 
     @contextmanager
     def _skipping(self, states: list[torch.Tensor]) -> Iterator[None]:
-        from torch.nn.utils.rnn import pad_sequence
-
-        def put(layer: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            given = args[0] if args else named["hidden_states"]
-            kept = pad_sequence(states, batch_first=True).to(given.device)
-            hidden = given.new_zeros(given.shape)
-            hidden[:, : kept.shape[1]] = kept
-            return ((hidden, *args[1:]), named) if args else (args, {**named, "hidden_states": hidden})
-
-        hook = self._layers[-1].register_forward_pre_hook(put, with_kwargs=True)
+        self._call.states = states
         try:
-            for layer in self._layers[:-1]:
-                layer.forward = _hand_on(self._returns)
             yield
         finally:
-            hook.remove()
-            for layer in self._layers[:-1]:
-                layer.__dict__.pop("forward", None)
+            self._call.states = None
+
+    def _hold(self, layers: list[Any]) -> None:
+        """Let these, 0 to l, ask what they are to do in each call."""
+        self._layers = layers
+        self._before = [vars(layer).get("forward") for layer in layers[:-1]]
+        for layer in layers[:-1]:
+            layer.forward = self._handing_on(layer.forward)
+        self._hook = layers[-1].register_forward_pre_hook(self._enter, with_kwargs=True)
+
+    def _release(self) -> None:
+        if not self._layers:
+            return
+        for layer, before in zip(self._layers, self._before, strict=False):
+            del layer.forward
+            if before is not None:
+                layer.forward = before
+        self._hook.remove()
+        self._layers = []
+
+    def _handing_on(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **named: Any) -> Any:
+            if self._call.states is None:
+                return compute(*args, **named)
+            hidden = args[0] if args else named["hidden_states"]
+            return (hidden, *[None] * (self._returns - 1)) if self._returns else hidden
+
+        return forward
+
+    def _enter(self, layer: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """What layer l is given."""
+        from torch.nn.utils.rnn import pad_sequence
+
+        given = args[0] if args else named["hidden_states"]
+        if self._call.stops:
+            raise _Reached(given)
+        if self._call.states is None:
+            return None
+        kept = pad_sequence(self._call.states, batch_first=True).to(given.device)
+        hidden = given.new_zeros(given.shape)
+        hidden[:, : kept.shape[1]] = kept
+        return ((hidden, *args[1:]), named) if args else (args, {**named, "hidden_states": hidden})
 
     def _obstacle(self, data: Encoded, rows: Indices) -> str | None:
         """Why the layers cannot be left out; None when the model puts out the same."""
@@ -179,18 +218,15 @@ class Prefix:
         device = self.adapted.base.device
         cuda = device.startswith("cuda")
         with torch.random.fork_rng(devices=[torch.device(device)] if cuda else []):
+            model, was = self.adapted.model, self.adapted.model.training
             before = torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()
-            self._computed(data, rows, train=True)
+            model.train()
+            try:
+                self._computed(data, rows)
+            finally:
+                model.train(was)
             after = torch.cuda.get_rng_state(device) if cuda else torch.get_rng_state()
             return not torch.equal(before, after)
-
-
-def _hand_on(returns: int) -> Callable[..., Any]:
-    def forward(*args: Any, **named: Any) -> Any:
-        hidden = args[0] if args else named["hidden_states"]
-        return (hidden, *[None] * (returns - 1)) if returns else hidden
-
-    return forward
 
 
 def _key(inputs: dict[str, Any]) -> bytes:

@@ -29,8 +29,8 @@ def seat(adapted: Adapted, starts: Sequence[Arrays], trained: Stacked | None = N
     tensors = dict(moving)
     frozen = sorted({name for one in served(adapted) for name in one.names.values()} - set(moving))
     alike = [name for name in frozen if _alike([start[name] for start in starts])]
-    tensors |= Stacked(starts[:1], alike, device, train=False).tensors
-    tensors |= Stacked(starts, [name for name in frozen if name not in alike], device, train=False).tensors
+    tensors |= Stacked(starts[:1], alike, device).tensors
+    tensors |= Stacked(starts, [name for name in frozen if name not in alike], device).tensors
     return Cohort(tensors, scalings(adapted, starts), merge_shared(adapted, starts))
 
 
@@ -79,5 +79,5 @@ def shifts(adapted: Adapted, start: Arrays, own: Sequence[Arrays], module: str) 
         parts = [Product.of(arrays[left], arrays[left.removesuffix("left") + "right"]) for left in lefts]
         whole = Product.sum([*parts, Product(np.zeros((rows, 0)), np.zeros((0, columns)))]).compressed()
         factors.append({"L": whole.left, "R": whole.right})
-    stack = Stacked(factors, ("L", "R"), adapted.base.device, train=False).tensors
+    stack = Stacked(factors, ("L", "R"), adapted.base.device).tensors
     return stack["L"].values, stack["R"].values

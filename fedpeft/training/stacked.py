@@ -1,6 +1,7 @@
 """The tensors of a cohort: one row of a matrix a client, and views of it by name.
 
-values [clients, numbers]      A [clients, r, d_in], B [clients, d_out, r], ... are views of its columns
+values [clients, numbers]             A [clients, r, d_in], B [clients, d_out, r], ... are views of its columns
+gradients [lanes, clients, numbers]   of what each lane (lanes.py) sends through the model; `gradient` is their sum
 
 Clipping, FedProx, SCAFFOLD and the optimiser work on the matrix, the model on the views. A client of a smaller rank fills
 the first rows of A and columns of B; the rest is zero, gets the gradient zero and stays zero.
@@ -25,37 +26,36 @@ if TYPE_CHECKING:
 
 
 class Own:
-    """One tensor of every client, [clients, ...], or [1, ...] where all have the same; `gradients` is None where it does not train."""
+    """One tensor of every client, [clients, ...], or [1, ...] where all have the same."""
 
-    def __init__(self, values: torch.Tensor, gradients: torch.Tensor | None, by_row: bool = False) -> None:
+    def __init__(self, values: torch.Tensor, gradients: Sequence[torch.Tensor] = (), by_row: bool = False) -> None:
         self.values = values
-        self.gradients = gradients
+        self.gradients = gradients  # of each lane, [clients, ...]; none where it does not train
         self.by_row = by_row  # gradients of the rows of a pass are put aside as `rows`, and not added up
-        self.rows: torch.Tensor | None = None  # [rows of the pass, ...]
+        self.rows: dict[int, torch.Tensor] = {}  # lane -> [rows of its pass, ...]
         self.reached = False  # a backward pass has come here
-        if gradients is not None:
+        if gradients:
             values.requires_grad_()
 
     @property
     def same(self) -> bool:
         """All clients have the same, and it does not train."""
-        return self.gradients is None and len(self.values) == 1
+        return not self.gradients and len(self.values) == 1
 
-    def of(self, seats: torch.Tensor) -> torch.Tensor:
-        """[seats, ...]; what the backward pass finds is added to `gradients`, or kept by row."""
+    def of(self, seats: torch.Tensor, lane: int) -> torch.Tensor:
+        """[seats, ...]; what the backward pass finds is added to the lane's `gradients`, or kept by row."""
         if self.same:
             return self.values.expand(len(seats), *self.values.shape[1:])
-        found: torch.Tensor = self.values[seats] if self.gradients is None else _gather().apply(self.values, seats, self)
+        found: torch.Tensor = _gather().apply(self.values, seats, lane, self) if self.gradients else self.values[seats]
         return found
 
-    def take(self, seats: torch.Tensor, gradient: torch.Tensor) -> None:
-        """What a backward pass has found for `seats`."""
-        assert self.gradients is not None
+    def take(self, seats: torch.Tensor, lane: int, gradient: torch.Tensor) -> None:
+        """What a backward pass of a lane has found for `seats`."""
         self.reached = True
         if self.by_row:
-            self.rows = gradient if self.rows is None else self.rows + gradient
+            self.rows[lane] = self.rows[lane] + gradient if lane in self.rows else gradient
         else:
-            self.gradients.index_add_(0, seats, gradient)
+            self.gradients[lane].index_add_(0, seats, gradient)
 
 
 @functools.cache
@@ -64,22 +64,22 @@ def _gather() -> Any:
 
     class Gather(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, values: torch.Tensor, seats: torch.Tensor, own: Own) -> torch.Tensor:
-            ctx.seats, ctx.own = seats, own
+        def forward(ctx: Any, values: torch.Tensor, seats: torch.Tensor, lane: int, own: Own) -> torch.Tensor:
+            ctx.seats, ctx.lane, ctx.own = seats, lane, own
             return values.index_select(0, seats)
 
         @staticmethod
-        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
-            ctx.own.take(ctx.seats, gradient)
-            return None, None, None
+        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None, None]:
+            ctx.own.take(ctx.seats, ctx.lane, gradient)
+            return None, None, None, None
 
     return Gather
 
 
 class Stacked:
-    """The tensors `names` of all clients of a cohort, of the largest shape that any of them has."""
+    """The tensors `names` of all clients of a cohort, of the largest shape that any of them has; with no `lanes` they do not train."""
 
-    def __init__(self, clients: Sequence[Arrays], names: Sequence[str], device: str, train: bool, by_row: bool = False) -> None:
+    def __init__(self, clients: Sequence[Arrays], names: Sequence[str], device: str, lanes: int = 0, by_row: bool = False) -> None:
         import torch
 
         self.device = device
@@ -91,8 +91,8 @@ class Stacked:
         self.columns = {name: slice(*ends[place : place + 2]) for place, name in enumerate(names)}
         self.width = ends[-1]
         self.values = self.matrix(clients)
-        self.gradients = torch.zeros_like(self.values) if train else None
-        self.tensors = {name: Own(self.view(self.values, name), self._gradients(name), by_row) for name in names}
+        self.gradients = torch.zeros(lanes, *self.values.shape, device=device)
+        self.tensors = {name: Own(self.view(self.values, name), [self.view(own, name) for own in self.gradients], by_row) for name in names}
 
     def matrix(self, clients: Sequence[Arrays]) -> torch.Tensor:
         """[clients, numbers]: those of the tensors that each of `clients` has, zero elsewhere."""
@@ -113,8 +113,15 @@ class Stacked:
         """The part of the client in `row` of a matrix [clients, numbers] that is its tensor, of its own shape."""
         return self.view(matrix, name)[row][tuple(map(slice, self._shapes[row][name]))]
 
-    def _gradients(self, name: str) -> torch.Tensor | None:
-        return None if self.gradients is None else self.view(self.gradients, name)
+    @property
+    def gradient(self) -> torch.Tensor:
+        """[clients, numbers]: that of a step, once `add_up` was called."""
+        return self.gradients[0]
+
+    def add_up(self, n: int) -> None:
+        """Add what the lanes have found for the first `n` clients to the first lane's."""
+        for other in self.gradients[1:]:
+            self.gradient[:n].add_(other[:n])
 
     def read(self, row: int, names: Sequence[str]) -> Arrays:
         """A copy of one client's tensors, each of the client's own shape."""

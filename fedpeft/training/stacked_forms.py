@@ -37,7 +37,7 @@ def _times(x: torch.Tensor, own: Own, cohort: Cohort) -> torch.Tensor:
     """x [rows, n, columns] times the transpose of each row's own matrix."""
     import torch
 
-    return x @ own.values[0].mT if own.same else torch.bmm(x, own.of(cohort.seats).mT)
+    return x @ own.values[0].mT if own.same else torch.bmm(x, own.of(cohort.seats, cohort.lane).mT)
 
 
 # --- LoRA
@@ -69,10 +69,10 @@ def _lora(layer: Any, own: Mapping[str, Own], cohort: Cohort, module: str, adapt
         if core is not None:
             h = _times(h, core, cohort)
         if gate is not None:
-            h = h * gate.of(cohort.seats)[:, None]
+            h = h * gate.of(cohort.seats, cohort.lane)[:, None]
         h = h * s[cohort.seats]
         y = cohort.by_row(output).float()
-        y = y + _times(h, B, cohort) if B.same else torch.baddbmm(y, h, B.of(cohort.seats).mT)
+        y = y + _times(h, B, cohort) if B.same else torch.baddbmm(y, h, B.of(cohort.seats, cohort.lane).mT)
         if L is not None and R is not None:
             z = torch.bmm(cohort.by_row(input.float()), R[cohort.seats].mT)
             y = torch.baddbmm(y, z, L[cohort.seats].mT)
@@ -103,7 +103,7 @@ def _miss(layer: Any, own: Mapping[str, Own], cohort: Cohort, module: str, adapt
         x = layer.miss_dropout[adapter](functional.pad(input.float(), (0, -input.shape[-1] % r)))
         x = cohort.by_row(x)
         blocks = x.reshape(*x.shape[:-1], -1, r).sum(-2)  # [rows, n, r]
-        m = M.of(cohort.seats)  # [rows, r, d_out], or less where columns repeat
+        m = M.of(cohort.seats, cohort.lane)  # [rows, r, d_out], or less where columns repeat
         m = m.repeat(1, 1, output.shape[-1] // m.shape[-1])
         return torch.baddbmm(cohort.by_row(output).float(), blocks, m).to(output.dtype).view(output.shape)
 
@@ -133,8 +133,8 @@ def _linear(layer: Any, own: Mapping[str, Own], cohort: Cohort, module: str, ada
             y = _times(x, weight, cohort)
         else:
             grouped = x.new_zeros(len(cohort.present), cohort.most, *x.shape[1:]).index_put(cohort.places, x)  # [present, most, n, d_in]
-            y = torch.bmm(grouped.flatten(1, 2), weight.of(cohort.present).mT).view(*grouped.shape[:3], -1)[cohort.places]
-        y = y if bias is None else y + bias.of(cohort.seats)[:, None]  # [rows, n, d_out]
+            y = torch.bmm(grouped.flatten(1, 2), weight.of(cohort.present, cohort.lane).mT).view(*grouped.shape[:3], -1)[cohort.places]
+        y = y if bias is None else y + bias.of(cohort.seats, cohort.lane)[:, None]  # [rows, n, d_out]
         return y.view(*input.shape[:-1], y.shape[-1])
 
     return forward
@@ -146,8 +146,11 @@ def _layer_norm(layer: Any, own: Mapping[str, Own], cohort: Cohort, module: str,
     def forward(input: torch.Tensor) -> torch.Tensor:
         from torch.nn import functional
 
-        y = cohort.by_row(functional.layer_norm(input, layer.normalized_shape, eps=layer.eps)) * weight.of(cohort.seats)[:, None]
-        return (y if bias is None else y + bias.of(cohort.seats)[:, None]).view(input.shape)
+        y = (
+            cohort.by_row(functional.layer_norm(input, layer.normalized_shape, eps=layer.eps))
+            * weight.of(cohort.seats, cohort.lane)[:, None]
+        )
+        return (y if bias is None else y + bias.of(cohort.seats, cohort.lane)[:, None]).view(input.shape)
 
     return forward
 

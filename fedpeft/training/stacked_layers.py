@@ -5,6 +5,7 @@ What each kind of layer computes stands in stacked_forms.py; here is which layer
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Cohort:
-    """What the layers look up: the cohort's tensors, and who sits where in the pass that is under way."""
+class Cohort(threading.local):
+    """What the layers look up: the cohort's tensors, and who sits where in the pass that this thread has under way."""
 
     tensors: Mapping[str, Own]
     scalings: Mapping[str, torch.Tensor]  # LoRA module -> s [clients, 1, 1]
@@ -35,16 +36,17 @@ class Cohort:
     places: Any = None  # for every row, its client's place in `present` and the how-manieth of its client it is
     most: int = 0  # rows of the client that has the most
     time: int = 0  # tokens of a row, padding included
+    lane: int = 0  # to which the gradients go
 
-    def sit(self, seats: Sequence[int], time: int, device: str) -> None:
-        """Make ready for a pass whose rows are those of `seats`."""
+    def sit(self, seats: Sequence[int], time: int, device: str, lane: int = 0) -> None:
+        """Make ready for a pass of this thread whose rows are those of `seats`."""
         import torch
 
         present, place, sizes = np.unique(seats, return_inverse=True, return_counts=True)
         numbers = np.concatenate([np.arange(size) for size in sizes])
         self.seats, self.present = (torch.tensor(found, device=device) for found in (seats, present))
         self.places = tuple(torch.tensor(found, device=device) for found in (place, numbers))
-        self.most, self.time = int(sizes.max()), time
+        self.most, self.time, self.lane = int(sizes.max()), time, lane
 
     def by_row(self, x: torch.Tensor) -> torch.Tensor:
         """x as [rows, n, features]."""

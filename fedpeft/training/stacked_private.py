@@ -43,23 +43,19 @@ class StackedPrivacy:
         mechanism = self.mechanisms[place]
         return parts(self.jobs[place], mechanism, self._plain_size if mechanism.does_nothing else self._size)
 
-    def take(self, seats: torch.Tensor) -> None:
-        """Clip the records of the pass that has just been made, whose clients are `seats` [rows], and add each to its client's sum."""
+    def take(self, seats: torch.Tensor, lane: int) -> None:
+        """Clip the records of the pass that a lane has just made, whose clients are `seats` [rows], and add each to its client's sum."""
         import torch
 
-        found = {name: own.rows for name, own in self.trained.tensors.items() if own.rows is not None}
-        for own in self.trained.tensors.values():
-            own.rows = None
-        assert self.trained.gradients is not None
+        found = {name: own.rows.pop(lane) for name, own in self.trained.tensors.items() if lane in own.rows}
         with torch.no_grad():
             factors, finite = clipping(found, self._C[seats])
             for name, rows in finite.items():
-                self.trained.gradients[:, self.trained.columns[name]].index_add_(0, seats, rows * factors[:, None].to(rows.dtype))
+                self.trained.gradients[lane][:, self.trained.columns[name]].index_add_(0, seats, rows * factors[:, None].to(rows.dtype))
 
     def release(self, n: int) -> None:
         """From clipped sums to what training may use, for the first `n` clients."""
-        assert self.trained.gradients is not None
         for place in range(n):
-            sums = {name: self.trained.own(place, self.trained.gradients, name) for name in self.jobs[place].names}
+            sums = {name: self.trained.own(place, self.trained.gradient, name) for name in self.jobs[place].names}
             for name, gradient in released(self.mechanisms[place], sums).items():
                 sums[name].copy_(gradient)

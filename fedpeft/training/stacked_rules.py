@@ -61,8 +61,7 @@ class StackedRules:
 
     def step(self, n: int, rates: torch.Tensor) -> None:
         """Move the first `n` clients by their gradients, at the rates [n, 1] of their schedules."""
-        assert self.trained.gradients is not None
-        values, g = self.trained.values[:n], self.trained.gradients[:n]
+        values, g = self.trained.values[:n], self.trained.gradient[:n]
         if self._anchors is not None:
             g.addcmul_(values - self._anchors[:n], self._pulls[:n])
         if self._cuts:

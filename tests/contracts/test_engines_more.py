@@ -95,7 +95,7 @@ def test_no_gradient_of_a_client_is_anothers(optimizer, tiny_settings, monkeypat
 
     def loud(training, plans, losses):
         backward(training, plans, losses)
-        training.trained.gradients[[job.client for job in training.jobs].index(1)] *= 1e6
+        training.trained.gradient[[job.client for job in training.jobs].index(1)] *= 1e6
 
     monkeypatch.setattr(cohort.CohortTraining, "_backward", loud)
     noisy = many.train(parts.adapted, parts.task, config, jobs)

@@ -66,6 +66,7 @@ def test_training_and_evaluation_are_those_without(engine, kind, tiny_settings, 
     before = seen[0]
     evaluate.logits(parts.adapted, parts.test, 5)
     assert seen[0] == before, "all of it was kept"
+    parts.adapted.prefix._release()
     assert not any("forward" in vars(layer) for layer in layers(parts))
 
 

@@ -1,0 +1,171 @@
+"""Passes side by side in threads: the numbers of one thread, the same bits each time, and nothing of another lane's."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from fedpeft.data.encoded import Encoded
+from fedpeft.records import Failure
+from fedpeft.training import cohort, evaluate, lanes, many, memory, one, passes, stacked
+from fedpeft.training.prefix import Prefix
+
+from .engines import ADAPTERS, CLOSE, build_with, farthest, jobs_with_rules, said
+from .test_engines_private import STEPS, private
+
+COUNT = 3
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Three lanes, and passes so short that each has several; the lanes that passes went through."""
+    many._say.cache_clear()
+    monkeypatch.setattr(memory, "lanes", lambda device: COUNT)
+    monkeypatch.setattr(memory, "ON_CPU", 40 * COUNT)
+    monkeypatch.setattr(passes, "FEWEST", 8)
+    seen, forward = set(), cohort.CohortTraining._forward
+
+    def watched(training, one_pass, lane=0):
+        seen.add((lane, threading.current_thread().name.partition("_")[0]))
+        return forward(training, one_pass, lane)
+
+    monkeypatch.setattr(cohort.CohortTraining, "_forward", watched)
+    return seen
+
+
+def all_lanes(used):
+    return {(lane, "lane") for lane in range(COUNT)} <= used
+
+
+WAYS = {
+    "plain": {},
+    "sgd": {"optimizer": "sgd", "learning_rate": 0.1},
+    "accumulation": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 3},
+    "epochs": {"max_steps": None, "num_train_epochs": 1, "per_device_train_batch_size": 3},
+    "one client": {"clients": 1, "per_device_train_batch_size": 8},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("adapter", ["lora", "fora", "miss"])
+def test_lanes_are_one_client_by_client(adapter, way, tiny_settings, used, caplog):
+    """With dropout, in the base and before the adapter."""
+    config, parts = build_with(tiny_settings, ADAPTERS[adapter], **WAYS[way])
+    jobs = jobs_with_rules(parts)
+    left = one.train(parts.adapted, parts.task, config, jobs)
+    right = many.train(parts.adapted, parts.task, config, jobs)
+    assert not said(caplog)
+    assert all_lanes(used)
+    assert farthest(left, right) < CLOSE
+    assert farthest(right, many.train(parts.adapted, parts.task, config, jobs)) == 0.0, "bit for bit, whichever lane was faster"
+
+
+def test_private_lanes_are_one_client_by_client(tiny_settings, used, caplog):
+    config, parts = build_with(tiny_settings, ADAPTERS["lora"], **STEPS)
+    jobs = jobs_with_rules(parts)
+    left, right, again = (engine.train(parts.adapted, parts.task, config, private(jobs)) for engine in (one, many, many))
+    assert not said(caplog)
+    assert all_lanes(used)
+    assert farthest(left, right) < CLOSE
+    assert farthest(right, again) == 0.0
+
+
+@pytest.mark.parametrize("room", [1.0, 1e-5], ids=["all fits", "little fits"])
+def test_kept_states_in_lanes(room, tiny_settings, used, caplog):
+    top = {"name": "lora", "r": 4, "target_modules": r".*layer\.1\.attention\.self\.(query|value)"}
+    settings = {**tiny_settings, "model": {**tiny_settings["model"], "dropout": False}}
+    config, parts = build_with(settings, top, prefix_cache="memory", prefix_cache_gb=room, max_steps=6)
+    jobs = jobs_with_rules(parts)
+    ended = many.train(parts.adapted, parts.task, config, jobs)
+    assert all_lanes(used)
+    assert parts.adapted.prefix._in_training and parts.adapted.prefix._store._kept
+    kept = evaluate.logits(parts.adapted, parts.test, 7)
+    parts.adapted.prefix = Prefix(parts.adapted)
+    assert farthest(one.train(parts.adapted, parts.task, config, jobs), ended) < CLOSE
+    parts.adapted.write({**parts.adapted.read(), **ended[-1].arrays})
+    assert kept.shape == evaluate.logits(parts.adapted, parts.test, 7).shape
+
+
+def test_what_breaks_in_a_lane_costs_one_client(tiny_settings, used):
+    config, parts = build_with(tiny_settings, ADAPTERS["lora"], clients=5)
+    jobs = jobs_with_rules(parts)
+    far = [{**row, "input_ids": row["input_ids"] + 10**6} for row in jobs[1].data.inputs]  # token ids that no embedding has
+    jobs[1] = dataclasses.replace(jobs[1], data=Encoded(far, jobs[1].data.labels, 3))
+    left, right = one.train(parts.adapted, parts.task, config, jobs), many.train(parts.adapted, parts.task, config, jobs)
+    assert isinstance(right[1], Failure) and right[1].reason == left[1].reason
+    assert farthest(left[:1] + left[2:], right[:1] + right[2:]) < CLOSE
+
+
+def test_the_processor_is_given_back(tiny_settings, used):
+    before, threads = torch.get_num_threads(), threading.active_count()
+    try:
+        torch.set_num_threads(6)
+        seen = []
+        with lanes.Lanes[int]("cpu") as found:
+            found.run([[1, 2], [3], [4]], lambda item, lane: seen.append((item, lane, torch.get_num_threads())))
+            found.run([[5]], lambda item, lane: seen.append((item, lane, torch.get_num_threads())))
+        assert sorted(seen) == [(1, 0, 2), (2, 0, 2), (3, 1, 2), (4, 2, 2), (5, 0, 6)]
+        assert torch.get_num_threads() == 6 and threading.active_count() == threads
+        started = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        started.start()
+        started.join()
+        assert seen[-1] == 6
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_every_lane_ends_before_an_error_is_raised():
+    ended = []
+
+    def work(item, lane):
+        if item == "bad":
+            raise ValueError("lane 0")
+        ended.append(item)
+
+    pool = lanes.Lanes[str]("cpu")
+    pool.count = 2
+    with pool, pytest.raises(ValueError, match="lane 0"):
+        pool.run([["bad", "never"], ["a", "b"]], work)
+    assert ended == ["a", "b"]
+
+
+def test_a_gpu_has_one_lane():
+    assert memory.lanes("cuda:0") == 1
+    assert 1 <= memory.lanes("cpu") <= memory.MOST_LANES
+
+
+ERRORS = {
+    "gradients of one lane": (stacked.Stacked, "add_up", lambda self, n: None),
+    "gradients added up twice": (stacked.Stacked, "add_up", lambda self, n: self.gradient[:n].add_(self.gradients.sum(0)[:n])),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_planted_errors_are_seen(error, tiny_settings, used, monkeypatch):
+    config, parts = build_with(tiny_settings, ADAPTERS["lora"], optimizer="sgd", learning_rate=0.1)
+    jobs = jobs_with_rules(parts)
+    left = one.train(parts.adapted, parts.task, config, jobs)
+    monkeypatch.setattr(*ERRORS[error])
+    assert farthest(left, many.train(parts.adapted, parts.task, config, jobs)) > 10 * CLOSE
+
+
+def test_a_cohort_seats_each_thread_for_itself():
+    from fedpeft.training.stacked_layers import Cohort
+
+    table, seen = Cohort({"x": 1}, {}, {}), []
+    table.sit([0, 0, 1], 5, "cpu", lane=2)
+
+    def look():
+        seen.append((table.tensors, table.seats, table.lane))
+        table.sit([4], 7, "cpu", lane=1)
+
+    other = threading.Thread(target=look)
+    other.start()
+    other.join()
+    assert seen == [({"x": 1}, None, 0)]
+    assert (table.seats.tolist(), table.time, table.lane) == ([0, 0, 1], 5, 2)
+    np.testing.assert_array_equal(table.present.numpy(), [0, 1])
