@@ -65,8 +65,9 @@ def product(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None = None) -> 
 
     if not (gains() and x.dtype == W.dtype == torch.float32 and x.device.type == W.device.type == "cpu" and x.numel()):
         return torch.nn.functional.linear(x, W, b)
-    found: torch.Tensor = _function().apply(x, W, b) if x.requires_grad and torch.is_grad_enabled() else _onednn(x, W, b)
-    return found
+    flat = x.reshape(-1, x.shape[-1])  # here, so that what comes back may be changed in place
+    y: torch.Tensor = _function().apply(flat, W, b) if x.requires_grad and torch.is_grad_enabled() else _onednn(flat, W, b)
+    return y.view(*x.shape[:-1], len(W))
 
 
 def _onednn(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:

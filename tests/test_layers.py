@@ -18,6 +18,8 @@ LAYERS = [
         "lookup",
         "units",
         "environment",
+        "collector",
+        "frozen_linear",
         "yaml_file",
         "quiet",
         "products",

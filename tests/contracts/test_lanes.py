@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from fedpeft import Config
 from fedpeft.data.encoded import Encoded
 from fedpeft.records import Failure
+from fedpeft.simulations.assemble import assemble
 from fedpeft.training import cohort, evaluate, lanes, many, memory, one, passes, stacked
 from fedpeft.training.prefix import Prefix
+from tests.test_models import TARGETS, deberta, distilbert, gemma, gpt2, llama, modernbert, qwen2, roberta, saved
 
 from .engines import ADAPTERS, CLOSE, build_with, farthest, jobs_with_rules, said
 from .test_engines_private import STEPS, private
@@ -62,6 +65,37 @@ def test_lanes_are_one_client_by_client(adapter, way, tiny_settings, used, caplo
     assert all_lanes(used)
     assert farthest(left, right) < CLOSE
     assert farthest(right, many.train(parts.adapted, parts.task, config, jobs)) == 0.0, "bit for bit, whichever lane was faster"
+
+
+@pytest.mark.parametrize("make", [deberta, distilbert, gpt2, llama, modernbert, roberta, qwen2, gemma], ids=lambda make: make.__name__)
+def test_models_of_every_kind_run_in_several_threads(make, tiny_settings, tiny_bert, tmp_path, used, caplog):
+    saved(make, tiny_bert, tmp_path / "base")
+    adapter = {"name": "lora", "r": 4, "target_modules": TARGETS.get(make, "all-linear")}
+    settings = {**tiny_settings, "model": {"name": str(tmp_path / "base"), "dropout": False}}
+    same_in_lanes(*build_with(settings, adapter, optimizer="sgd", learning_rate=0.1, max_steps=2), used, caplog)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_language_models_run_in_several_threads(packing, tiny_lm_settings, used, caplog):
+    settings = {**tiny_lm_settings, "model": {**tiny_lm_settings["model"], "packing": packing}}
+    sgd = {"optimizer": "sgd", "learning_rate": 0.1, "max_steps": 2}
+    config = Config.from_dict({**settings, "training": {**settings["training"], **sgd}})
+    same_in_lanes(config, assemble(config), used, caplog)
+
+
+def test_pictures_run_in_several_threads(tiny_picture_settings, used, caplog, monkeypatch):
+    monkeypatch.setattr(passes, "FEWEST", 1)
+    config = Config.from_dict(tiny_picture_settings)
+    same_in_lanes(config, assemble(config), used, caplog)
+
+
+def same_in_lanes(config, parts, used, caplog):
+    jobs = jobs_with_rules(parts)
+    left = one.train(parts.adapted, parts.task, config, jobs)
+    right = many.train(parts.adapted, parts.task, config, jobs)
+    assert not said(caplog)
+    assert all_lanes(used)
+    assert farthest(left, right) < CLOSE
 
 
 def test_private_lanes_are_one_client_by_client(tiny_settings, used, caplog):

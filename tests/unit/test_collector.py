@@ -11,12 +11,14 @@ from fedpeft import collector
 def test_it_is_as_it_was(was_on):
     (gc.enable if was_on else gc.disable)()
     try:
-        with pytest.raises(ZeroDivisionError), collector.held_back():
+        with collector.held_back():
             assert not gc.isenabled()
             with collector.held_back():
                 assert not gc.isenabled()
             assert not gc.isenabled()
-            _ = 1 / 0
+        assert gc.isenabled() is was_on
+        with pytest.raises(ZeroDivisionError):
+            collector.held_back()(lambda: 1 / 0)()
         assert gc.isenabled() is was_on
     finally:
         gc.enable()

@@ -52,6 +52,17 @@ def test_values_and_gradients_are_those_of_torch(shape, bias, used):
     assert len(used) == 2, "forward and backward"
 
 
+def test_what_comes_out_may_be_changed_in_place(used):
+    """As several of PEFT's layers do."""
+    x, W = drawn(2, 5, 24).requires_grad_(), drawn(16, 24)
+    y = frozen_linear.product(x, W)
+    y += 1.0
+    (y * y).sum().backward()
+    other = x.detach().clone().requires_grad_()
+    (functional.linear(other, W) + 1.0).square().sum().backward()
+    torch.testing.assert_close(x.grad, other.grad)
+
+
 def test_inputs_and_weights_may_lie_as_they_like(used):
     x, W = drawn(24, 7).t(), drawn(24, 16).t()
     close(frozen_linear.product(x, W), functional.linear(x, W))
