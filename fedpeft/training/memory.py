@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 MOST_LANES = 8  # threads with passes of their own: what Python does between the products, one thread does at a time
 ON_CPU = 512  # tokens of a pass, a thread: more are hardly faster, and take memory
-
-OVERHEAD = {"cpu": 64, "cuda": 1024}  # of a pass, in tokens: a small model's on a CPU (measured), a large one's on a GPU (reckoned)
-
+OVERHEAD_ON_CPU, OVERHEAD = 64, 1024  # of a pass, in tokens: a small model's on a CPU (measured), a large one's on a GPU (reckoned)
 PASSES = 16  # that rows are sorted into by length: more make them hardly more alike
 
 
@@ -42,7 +40,7 @@ def lanes(device: str) -> int:
     """How many passes go through the model side by side, each on its share of the processor's threads."""
     import torch
 
-    return 1 if device.startswith("cuda") else min(MOST_LANES, torch.get_num_threads())
+    return min(MOST_LANES, torch.get_num_threads()) if _is_cpu(device) else 1
 
 
 def copies(device: str) -> int:
@@ -61,9 +59,7 @@ def clients_that_pay(device: str, tokens: float) -> int | None:
     """Clients of a cohort beyond which more are no faster, when each sends so many tokens a step; None on a GPU, which knows no end."""
     import torch
 
-    if device.startswith("cuda"):
-        return None
-    return max(1, math.ceil(PASSES * ON_CPU * torch.get_num_threads() / tokens))
+    return max(1, math.ceil(PASSES * ON_CPU * torch.get_num_threads() / tokens)) if _is_cpu(device) else None
 
 
 def tokens_at_once(training: TrainingSection, device: str, bytes_a_token: float) -> int:
@@ -71,12 +67,16 @@ def tokens_at_once(training: TrainingSection, device: str, bytes_a_token: float)
     import torch
 
     fit = int(budget(training, device) / 4 / bytes_a_token)
-    return fit if device.startswith("cuda") else min(fit, ON_CPU * torch.get_num_threads()) // lanes(device)
+    return min(fit, ON_CPU * torch.get_num_threads()) // lanes(device) if _is_cpu(device) else fit
 
 
 def overhead(device: str) -> int:
     """As many tokens cost what a pass costs beside its tokens."""
-    return OVERHEAD[device.partition(":")[0]]
+    return OVERHEAD_ON_CPU if _is_cpu(device) else OVERHEAD
+
+
+def _is_cpu(device: str) -> bool:
+    return device.partition(":")[0] == "cpu"
 
 
 def tokens_with_masks(training: TrainingSection, device: str, bytes_a_token: float, tokens: int) -> int:
