@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from peft_loop import TARGETS, UNTRAINED, Work, model, train, without_dropout
 
+from fedpeft import frozen_linear
 from fedpeft.base import minilm_folder
 from fedpeft.config import Config
 from fedpeft.data.encoded import Encoded
@@ -99,11 +100,11 @@ class Contest:
         return 2 * self.tokens * sum(weight.numel() * (2 if backward else 1) for weight, backward in base_weights(self.adapted.base.model))
 
     def run(self, name: str) -> list[Arrays]:
-        """What `name` makes of every job; of the floor nothing comes."""
+        """What `name` makes of every job; of a floor nothing comes."""
         if name == "loop":
             return [train(self.model, self.start, work) for work in self.works]
-        if name == "floor":
-            products(self.adapted.base.model, self.tokens, 512 if self.case.device == "cpu" else self.tokens)
+        if name in FLOORS:
+            products(self.adapted.base.model, self.tokens, 512 if self.case.device == "cpu" else self.tokens, FLOORS[name])
             return []
         engine = {"one": one, "many": many}[name]
         return [trained.arrays for trained in engine.train(self.adapted, self.task, self.config, self.jobs)]  # type: ignore[union-attr]
@@ -175,7 +176,13 @@ def write_llama(folder: pathlib.Path, shape: str, dtype: str, device: str = "cpu
     return folder
 
 
-def products(base: Any, tokens: int, at_once: int) -> None:
+FLOORS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "floor": lambda x, W: x @ W.T,  # as torch multiplies by itself
+    "our floor": frozen_linear.product,  # as fedpeft does
+}
+
+
+def products(base: Any, tokens: int, at_once: int, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
     """x W^T and g W for every linear layer of the base: what the steps on so many tokens cost at the least.
 
     The inputs of the first adapted layers need no gradient, so that their g W is left out.
@@ -188,9 +195,9 @@ def products(base: Any, tokens: int, at_once: int) -> None:
         while done < tokens:
             n = min(at_once, tokens - done)
             for weight, backward in weights:
-                x[weight.shape[1]][:n] @ weight.T
+                product(x[weight.shape[1]][:n], weight)
                 if backward:
-                    x[weight.shape[0]][:n] @ weight
+                    product(x[weight.shape[0]][:n], weight.T)
             done += n
 
 

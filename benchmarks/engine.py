@@ -8,7 +8,8 @@ same clients on the same batches from the same start, so that its numbers can be
   loop     one model, the adapter swapped in and out by PEFT's own functions, a client after another, as it is usually written
   one      the reference engine (where there are 32 clients and batches of 8)
   many     all clients in one pass
-  floor    the products with the base's own weights alone, forward and backward, over the tokens without any padding
+  floor    the products with the base's own weights alone, forward and backward, over the tokens without any padding, as torch
+           multiplies by itself; `our floor` is the same by fedpeft/frozen_linear.py, another where MKL is not the fastest
   cached   Flower's simulation on Ray with the loop's client, its model kept by each actor     (section whole)
   loads    the same, the model loaded for each message, as in Flower's examples                (section whole)
   fast     fedpeft over a base in bfloat16, adapters in the upper half, what lies below kept   (section whole)
@@ -46,10 +47,10 @@ environment.prepare()
 import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from contest import Case, Contest, farthest, write_llama  # noqa: E402
+from contest import FLOORS, Case, Contest, farthest, write_llama  # noqa: E402
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-CONTESTANTS = ("loop", "many", "floor")
+CONTESTANTS = ("loop", "many", "floor", "our floor")
 STEPS = {8: 2}  # of a client; one where there are more clients
 WHOLE = {8: (10, 6), 32: (5, 3), 128: (2, 2)}  # steps and rounds of a whole run, some 500 steps of a client in all
 SMALL = 128  # examples a step, up to which differences are looked into
@@ -204,12 +205,15 @@ def resident(kind: str) -> int:
 
 
 def engine_table(rows: Sequence[dict[str, Any]]) -> None:
-    columns = ["clients", "batch", "loop s", "loop / many", "many / floor", "CPU time: loop / many", "many / floor"]
+    columns = ["clients", "batch", "loop s", "loop / many", "many / floor", "many / our floor"]
+    columns += ["CPU time: loop / many", "many / floor", "many / our floor"]
     columns += ["memory: many / loop", "farthest from loop", "rounding", "by SGD"]
     print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for row in rows:
         wall, cpu, peak = row["wall_seconds"], row["cpu_seconds"], row["peak_bytes"]
-        ratios = [wall["loop"] / wall["many"], wall["many"] / wall["floor"], cpu["loop"] / cpu["many"], cpu["many"] / cpu["floor"]]
+        ratios = [
+            ratio for spent in (wall, cpu) for ratio in (spent["loop"] / spent["many"], *(spent["many"] / spent[name] for name in FLOORS))
+        ]
         cells = [row["clients"], row["batch"], f"{wall['loop']:.2f}", *(f"{ratio:.2f}" for ratio in ratios)]
         cells += [f"{peak['many'] / max(1, peak['loop']):.2f}" if peak else "", f"{row['farthest']:.1e}"]
         cells += ["" if row[key] is None else f"{row[key]:.1e}" for key in ("rounding", "by_sgd")]
