@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedpeft import environment
+from fedpeft import collector, environment
 from fedpeft.arguments import Command, parser
 from fedpeft.errors import FedpeftError, Problem, RunStopped, UserError
 from fedpeft.units import one_line
@@ -50,6 +50,7 @@ def simulate(given: argparse.Namespace) -> None:
     if given.resume and path is None and given.out is not None:
         path = str(RunFolder(pathlib.Path(given.out)).config)
     config = Config.load(path, overrides)
+    collector.load_libraries()
     with choose(json=given.json) as screen:
         from fedpeft.server.federation import FINISHED
         from fedpeft.simulations.run import simulate as run

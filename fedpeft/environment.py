@@ -10,7 +10,8 @@ DEFAULTS = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # and installs packages from the network for every run
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_WAIT_POLICY": "PASSIVE",  # torch's threads spin on busy cores: measured up to 4 times slower
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",  # a pass has a few shapes, the next has others: 1,024 of them take half a gigabyte
+    # A pass has a dozen shapes, the next has others: by itself oneDNN keeps 1,024 of them, half a gigabyte. Of each lane's, some.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(32 * min(8, max(2, os.cpu_count() or 1))),
     "TOKENIZERS_PARALLELISM": "false",  # tokenising is done once; its threads warn when a process forks
 }
 

@@ -43,42 +43,59 @@ def install(model: Any) -> None:
 
     if not gains():
         return
+    forwards = {torch.nn.Linear: _linear, Conv1D: _conv1d}
     output = model.get_output_embeddings()  # its products are cross_entropy.py's
     for layer in model.modules():
-        if type(layer) in (torch.nn.Linear, Conv1D) and layer is not output and not any(p.requires_grad for p in layer.parameters()):
-            layer.forward = functools.partial(_forward, layer, type(layer) is Conv1D)
+        if type(layer) in forwards and layer is not output and "forward" not in vars(layer) and _ours(layer.weight) and not _trains(layer):
+            layer.forward = functools.partial(forwards[type(layer)], layer)
 
 
-def _forward(layer: Any, turned: bool, input: torch.Tensor) -> torch.Tensor:
-    """What the layer computes; `turned` where its weight is W^T, as GPT-2 has it."""
-    W = layer.weight.t() if turned else layer.weight
-    if any(p.requires_grad for p in layer.parameters(recurse=False)):
-        import torch
+def _linear(layer: Any, input: torch.Tensor) -> torch.Tensor:
+    return _of_layer(layer, input, layer.weight)
 
-        return torch.nn.functional.linear(input, W, layer.bias)
-    return product(input, W, layer.bias)
+
+def _conv1d(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """GPT-2's, whose weight is W^T."""
+    return _of_layer(layer, x, layer.weight.t())
+
+
+def _of_layer(layer: Any, x: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.nn.functional.linear(x, W, layer.bias) if _trains(layer) else product(x, W, layer.bias)
+
+
+def _trains(layer: Any) -> bool:
+    return any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
 def product(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., d_in] times W^T, plus b: W [d_out, d_in] and b [d_out] get no gradient."""
     import torch
 
-    if not (gains() and x.dtype == W.dtype == torch.float32 and x.device.type == W.device.type == "cpu" and x.numel()):
+    if not (gains() and _ours(x) and _ours(W) and x.numel()):
         return torch.nn.functional.linear(x, W, b)
-    flat = x.reshape(-1, x.shape[-1])  # here, so that what comes back may be changed in place
-    y: torch.Tensor = _function().apply(flat, W, b) if x.requires_grad and torch.is_grad_enabled() else _onednn(flat, W, b)
+    flat = x.reshape(-1, x.shape[-1])  # a view that is made inside the function must not be changed in place, and y may be
+    y: torch.Tensor = _with_gradient().apply(flat, W, b) if x.requires_grad and torch.is_grad_enabled() else _onednn(flat, W, b)
     return y.view(*x.shape[:-1], len(W))
+
+
+def _ours(tensor: torch.Tensor) -> bool:
+    import torch
+
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
 def _onednn(x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
     import torch
 
-    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, W.detach(), b if b is None else b.detach(), "none", [], "")
+    b = b if b is None else b.detach().contiguous()  # oneDNN reads a bias as if it were
+    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, W.detach(), b, "none", [], "")
     return found
 
 
 @functools.cache
-def _function() -> Any:
+def _with_gradient() -> Any:
     import torch
 
     class Product(torch.autograd.Function):
@@ -90,6 +107,6 @@ def _function() -> Any:
         @staticmethod
         def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
             (W,) = ctx.saved_tensors
-            return _onednn(gradient, W.t(), None), None, None
+            return product(gradient, W.t()), None, None
 
     return Product

@@ -20,7 +20,7 @@ from fedpeft.data.examples import Indices
 from fedpeft.records import Failure
 from fedpeft.training import memory
 from fedpeft.training.job import Job, Trained, batches, dropout_seed, rates
-from fedpeft.training.lanes import Lanes
+from fedpeft.training.lanes import Lanes, forgetful, remembered
 from fedpeft.training.masks import Dropouts, Masks, Span, UnsuitedError
 from fedpeft.training.passes import Batch, Pass, Plan, Rows, deal, length, pools
 from fedpeft.training.seating import seat
@@ -112,7 +112,7 @@ class CohortTraining:
 
         for together in self._batches(plans):
             for pool in pools(together, self.pool_tokens):
-                self.lanes.run(deal(pool, self.lanes.count, self.plan), learn)
+                self.lanes.run(deal(pool, self.side_by_side, self.plan), learn)
         self.trained.add_up(len(plans))
 
     def _batches(self, plans: Sequence[Parts]) -> Iterator[Iterator[Batch]]:
@@ -159,24 +159,27 @@ class CohortTraining:
         data = self.jobs[-place].data
         row = next(row for row in range(len(data)) if length(data, row) == longest)
         masks = Masks(torch.Generator(self.device).manual_seed(0), 1, longest)
-        before = self._randomness()
+        before, held = self._randomness(), remembered(self.adapted.model)
         with memory.counted([*self.adapted.model.parameters(), *(own.values for own in self.cohort.tensors.values())]) as kept:
             loss = self._forward(Pass((Rows(Batch(-place, data, np.array([row]), 1.0, masks), [0]),))).sum()
         if self._randomness() != before:
             raise UnsuitedError("the model draws random numbers of its own")
+        lanes = self.lanes.count if forgetful(held) else 1
         loss.backward()  # type: ignore[no-untyped-call]
         if untouched := [name for name, own in self.trained.tensors.items() if not own.reached]:
             raise UnsuitedError(f"{untouched[0]} gets no gradient")
         for own in self.trained.tensors.values():
             own.rows.clear()
-        fit = memory.tokens_at_once(self.config.training, self.device, kept() / longest)
+        fit = memory.tokens_at_once(self.config.training, self.device, kept() / longest) // self.divisor
         most = None
         if self.private is not None:
             most = max(1, memory.rows_at_once(self.config.training, self.device, self.trained.width) // self.divisor)
-        self.plan = Plan(max(longest, fit // self.divisor), most, memory.overhead(self.device))
+        self.side_by_side = max(1, min(lanes, fit // longest, most or lanes))  # passes, each of which must have room for a row
+        tokens = max(longest, memory.tokens_of_a_pass(self.device, self.side_by_side, fit))
+        self.plan = Plan(tokens, most and most // self.side_by_side, memory.overhead(self.device))
         drawn = sum(mask.nbytes for mask in masks.drawn)
         self.drops = drawn > 0
-        self.pool_tokens = memory.tokens_with_masks(self.config.training, self.device, drawn / longest, self.plan.tokens)
+        self.pool_tokens = memory.tokens_with_masks(self.config.training, self.device, drawn / longest, tokens * self.side_by_side)
 
     def _randomness(self) -> bytes:
         """The state of torch's own generators: it changes when a model draws numbers that no client's generator gave."""

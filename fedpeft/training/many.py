@@ -82,9 +82,9 @@ def _numbers(job: Job, device: str) -> int:
 
 
 def _tokens(config: Config, jobs: Sequence[Job]) -> float:
-    """Tokens of a step of a client, on average."""
-    lengths = [np.mean([length(job.data, row) for row in range(len(job.data))]) for job in jobs]
-    return float(np.mean(lengths)) * config.training.per_device_train_batch_size
+    """Tokens of a batch, on average."""
+    lengths = [length(job.data, row) for job in jobs for row in range(len(job.data))]
+    return float(np.mean(lengths or [0])) * config.training.per_device_train_batch_size
 
 
 def _attempt(setting: Setting, jobs: Sequence[Job], divisor: int) -> list[Trained | Failure]:

@@ -56,18 +56,22 @@ def clients_at_once(training: TrainingSection, device: str, numbers: int) -> int
 
 
 def clients_that_pay(device: str, tokens: float) -> int | None:
-    """Clients of a cohort beyond which more are no faster, when each sends so many tokens a step; None on a GPU, which knows no end."""
+    """Clients of a cohort beyond which more are no faster, when a batch of each has so many tokens; None on a GPU, which knows no end."""
     import torch
 
-    return max(1, math.ceil(PASSES * ON_CPU * torch.get_num_threads() / tokens)) if _is_cpu(device) else None
+    return max(1, math.ceil(PASSES * ON_CPU * torch.get_num_threads() / max(1.0, tokens))) if _is_cpu(device) else None
 
 
 def tokens_at_once(training: TrainingSection, device: str, bytes_a_token: float) -> int:
-    """Tokens of a pass, padding included."""
+    """Tokens whose activations may stand in memory, padding included; those of all lanes."""
+    return int(budget(training, device) / 4 / bytes_a_token)
+
+
+def tokens_of_a_pass(device: str, lanes: int, fit: int) -> int:
+    """Tokens of a pass of one of so many lanes, when `fit` are all that may stand in memory."""
     import torch
 
-    fit = int(budget(training, device) / 4 / bytes_a_token)
-    return min(fit, ON_CPU * torch.get_num_threads()) // lanes(device) if _is_cpu(device) else fit
+    return min(fit, ON_CPU * torch.get_num_threads()) // lanes if _is_cpu(device) else fit // lanes
 
 
 def overhead(device: str) -> int:
@@ -80,14 +84,14 @@ def _is_cpu(device: str) -> bool:
 
 
 def tokens_with_masks(training: TrainingSection, device: str, bytes_a_token: float, tokens: int) -> int:
-    """Tokens whose masks may stand in memory while their rows are dealt into passes of `tokens`."""
+    """Tokens whose masks may stand in memory while their rows are dealt into passes; those under way at once have `tokens`."""
     fit = int(budget(training, device) / 4 / max(1.0, bytes_a_token))
-    return max(tokens, min(fit, PASSES * tokens * lanes(device)))
+    return max(tokens, min(fit, PASSES * tokens))
 
 
 def rows_at_once(training: TrainingSection, device: str, numbers: int) -> int:
-    """Rows of a pass each of which has a gradient of so many numbers for itself: what is gathered, found, and clipped."""
-    return int(budget(training, device) / 4 / (3 * 4 * numbers)) // lanes(device)
+    """Rows, of all lanes, each of which has a gradient of so many numbers for itself: what is gathered, found, and clipped."""
+    return int(budget(training, device) / 4 / (3 * 4 * numbers))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Rows do not see each other in the model, so a pass may take them from anywhere, if each meets its own client's adapter. The
 rows of a step are sorted by length and cut into passes of a bounded number of tokens, each padded to its own longest row:
-less padding than any client has alone. More passes have less padding, and each costs something of its own; the cut is the
+rows of like length beside each other. More passes have less padding, and each costs something of its own; the cut is the
 cheapest there is. Gradients of a client add up over the passes that hold rows of it.
 """
 
@@ -118,9 +118,9 @@ def pools(batches: Iterable[Batch], tokens: int) -> Iterator[list[Batch]]:
 
 
 def deal(batches: Sequence[Batch], lanes: int, plan: Plan) -> list[list[Pass]]:
-    """The passes of each lane: the rows of all batches, sorted by length, in as many stretches of equally many tokens, each cut for itself.
+    """The passes of each lane: the rows of all batches, sorted by length, in stretches of equally many tokens, each cut for itself.
 
-    Few tokens are not worth so many lanes; there is one at least.
+    Padding does not count. Few tokens are not worth so many lanes; there is one at least.
     """
     rows = by_length(batches)
     lengths = np.array([row.length for row in rows])

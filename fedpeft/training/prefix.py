@@ -20,12 +20,12 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedpeft.adapters.layers import layer_of
+from fedpeft.adapters.layers import forward_as, layer_of
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.examples import Indices
 from fedpeft.training.apart import mixing
@@ -64,6 +64,8 @@ class Prefix:
         self._bound = int(gigabytes * 1e9)
         self._store: Any = None
         self._layers: list[Any] = []  # 0 to l
+        self._held = ExitStack()  # what they do in place of their own
+        self._returns = 0  # of a layer: entries of a tuple, or hidden states alone
         self._at: tuple[str, int] | None = None
         self._in_training = False
         self._call = _Call()
@@ -84,18 +86,15 @@ class Prefix:
         modules = dict(self.adapted.model.named_modules())
         self._hold([modules[f"{stack}.{number}"] for number in range(first + 1)])
         rows = np.arange(min(2, len(data)))
-        reason = self._obstacle(data, rows)
+        reason = mixing(self.adapted.model) or self._obstacle(data, rows)
         if reason is not None:
             self._release()
             log.warning("prefix cache: not used, since %s", reason)
             return
         self._store = self._make(self._bound)
-        reason = mixing(self.adapted.model)
-        if reason is None and self._draws(data, rows):
-            reason = f"the base drops out below layer {first} (model.dropout=false ends that)"
-        self._in_training = reason is None
-        if reason is not None:
-            log.warning("prefix cache: used in evaluation only: %s", reason)
+        self._in_training = not self._draws(data, rows)
+        if not self._in_training:
+            log.warning("prefix cache: used in evaluation only: the base drops out below layer %d (model.dropout=false ends that)", first)
 
     @contextmanager
     def serving(self, data: Encoded, rows: Indices) -> Iterator[None]:
@@ -116,7 +115,8 @@ class Prefix:
                 tokens = data.inputs[rows[place]].get("input_ids")
                 found[place] = states[: states.shape[0] if tokens is None else len(tokens)].clone()
                 with self._room:
-                    self._store.put(keys[place], found[place])
+                    if self._store.get(keys[place]) is None:  # another lane may have met the same text
+                        self._store.put(keys[place], found[place])
         return found
 
     def _computed(self, data: Encoded, rows: Indices) -> torch.Tensor:
@@ -146,19 +146,12 @@ class Prefix:
     def _hold(self, layers: list[Any]) -> None:
         """Let these, 0 to l, ask what they are to do in each call."""
         self._layers = layers
-        self._before = [vars(layer).get("forward") for layer in layers[:-1]]
         for layer in layers[:-1]:
-            layer.forward = self._handing_on(layer.forward)
-        self._hook = layers[-1].register_forward_pre_hook(self._enter, with_kwargs=True)
+            self._held.enter_context(forward_as(layer, self._handing_on(layer.forward)))
+        self._held.callback(layers[-1].register_forward_pre_hook(self._enter, with_kwargs=True).remove)
 
     def _release(self) -> None:
-        if not self._layers:
-            return
-        for layer, before in zip(self._layers, self._before, strict=False):
-            del layer.forward
-            if before is not None:
-                layer.forward = before
-        self._hook.remove()
+        self._held.close()
         self._layers = []
 
     def _handing_on(self, compute: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedpeft import base, collector
+from fedpeft import base
 from fedpeft.adapters.adapted import Adapted
 from fedpeft.adapters.adapter import Adapter
 from fedpeft.config import Config
@@ -40,7 +40,6 @@ class Prepared:
     drawn: Arrays  # adapter and head as the seed gives them, whatever is written into the model later
 
 
-@collector.held_back()
 def check(config: Config, labels: int, problems: Problems) -> None:
     """What can be found wrong with model, adapter and device before any weights are read."""
     task, adapter = config.model.build(), config.adapter.build()

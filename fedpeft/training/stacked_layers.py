@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fedpeft.adapters.adapted import Adapted
+from fedpeft.adapters.layers import forward_as
 from fedpeft.records import SPARSE
 from fedpeft.training.apart import mixing
 from fedpeft.training.masks import UnsuitedError
@@ -109,13 +110,8 @@ def served(adapted: Adapted) -> list[Served]:
 @contextmanager
 def stacked(adapted: Adapted, cohort: Cohort) -> Iterator[None]:
     """Let the adapted layers and the head serve `cohort` inside the block."""
-    changed = []
-    try:
+    with ExitStack() as changed:
         for module, layer, form, names in served(adapted):
             own = {slot: cohort.tensors[name] for slot, name in names.items()}
-            layer.forward = form.forward(layer, own, cohort, module, adapted.model.active_adapter)
-            changed.append(layer)
+            changed.enter_context(forward_as(layer, form.forward(layer, own, cohort, module, adapted.model.active_adapter)))
         yield
-    finally:
-        for layer in changed:
-            layer.__dict__.pop("forward", None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedpeft import Config, simulate
+from fedpeft import Config, frozen_linear, simulate
 from fedpeft.data.encoded import Encoded
 from fedpeft.records import Failure, merge_names, merged_round
 from fedpeft.simulations.assemble import assemble
@@ -198,6 +198,15 @@ def test_a_client_that_breaks_costs_itself(tiny_settings):
     left, right = one.train(parts.adapted, parts.task, config, jobs), many.train(parts.adapted, parts.task, config, jobs)
     assert isinstance(right[1], Failure) and right[1].reason == left[1].reason
     assert farthest(left[:1] + left[2:], right[:1] + right[2:]) < CLOSE
+    assert {name: vars(module).get("forward") for name, module in parts.adapted.model.named_modules()} == before
+
+
+def test_a_frozen_head_computes_afterwards_as_before(tiny_settings, monkeypatch):
+    """It has no gradient, but its forward is replaced while many train."""
+    monkeypatch.setattr(frozen_linear, "gains", lambda: hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+    config, parts = build({**tiny_settings, "training": {**tiny_settings["training"], "head": "frozen"}})
+    before = {name: vars(module).get("forward") for name, module in parts.adapted.model.named_modules()}
+    many.train(parts.adapted, parts.task, config, jobs_of(parts))
     assert {name: vars(module).get("forward") for name, module in parts.adapted.model.named_modules()} == before
 
 

@@ -98,6 +98,21 @@ def test_a_base_that_drops_out_is_cached_in_evaluation_alone(engine, tiny_settin
     assert seen == {0: 0, 1: len(parts.test)}
 
 
+def test_states_that_training_moves_are_not_kept(tiny_settings, caplog):
+    """A norm over the batch below layer l: its running means go on while the adapter trains."""
+    import torch
+
+    class Norm(torch.nn.BatchNorm1d):
+        def forward(self, states):
+            return super().forward(states.transpose(1, 2)).transpose(1, 2)
+
+    config, parts = build(tiny_settings)
+    layers(parts)[0].output.dropout = Norm(parts.adapted.base.model.config.hidden_size).requires_grad_(False)
+    one.train(parts.adapted, parts.task, config, jobs_with_rules(parts))
+    assert parts.adapted.prefix._store is None
+    assert "prefix cache: not used" in caplog.text and "normalises over the rows" in caplog.text
+
+
 def test_adapters_in_the_first_layer_leave_nothing_to_keep(tiny_settings):
     config, parts = build(tiny_settings, ADAPTERS["lora"])
     many.train(parts.adapted, parts.task, config, jobs_with_rules(parts))

@@ -1,35 +1,29 @@
-"""The collector of cycles is off while libraries load, and afterwards as it was."""
+"""Libraries load without the collector of cycles, which is on again afterwards and leaves them alone."""
 
+import subprocess
+import sys
+
+LOOKS = """
 import gc
-
-import pytest
-
 from fedpeft import collector
+seen = []
+gc.callbacks.append(lambda phase, info: seen.append(phase))
+{before}
+collector.load_libraries()
+import sys
+print(len(seen), gc.isenabled(), gc.get_freeze_count() > 100_000, "peft" in sys.modules)
+"""
 
 
-@pytest.mark.parametrize("was_on", [True, False])
-def test_it_is_as_it_was(was_on):
-    (gc.enable if was_on else gc.disable)()
-    try:
-        with collector.held_back():
-            assert not gc.isenabled()
-            with collector.held_back():
-                assert not gc.isenabled()
-            assert not gc.isenabled()
-        assert gc.isenabled() is was_on
-        with pytest.raises(ZeroDivisionError):
-            collector.held_back()(lambda: 1 / 0)()
-        assert gc.isenabled() is was_on
-    finally:
-        gc.enable()
+def run(before):
+    return subprocess.run([sys.executable, "-c", LOOKS.format(before=before)], capture_output=True, text=True, check=True).stdout.split()
 
 
-def test_only_what_was_there_first_is_left_alone():
-    """A second run in the same process must not keep the first one's model for ever."""
-    with collector.held_back():
-        pass
-    kept = gc.get_freeze_count()
-    made = [[] for _ in range(1000)]
-    with collector.held_back():
-        pass
-    assert gc.get_freeze_count() <= kept and len(made) == 1000
+def test_nothing_is_collected_while_libraries_load():
+    looked, on, left_alone, loaded = run("seen.clear()")
+    assert int(looked) <= 2, "the callback may see a collection that was due before"
+    assert (on, left_alone, loaded) == ("True", "True", "True")
+
+
+def test_a_collector_that_was_off_stays_off():
+    assert run("gc.disable()")[1:] == ["False", "True", "True"]

@@ -68,7 +68,18 @@ def test_inputs_and_weights_may_lie_as_they_like(used):
     close(frozen_linear.product(x, W), functional.linear(x, W))
     picked = drawn(5, 9, 24)[:, 0]
     close(frozen_linear.product(picked, W), functional.linear(picked, W))
-    assert len(used) == 2
+    for b in (drawn(20, 4)[:16, 3], drawn(1).expand(16)):
+        close(frozen_linear.product(x, W, b), functional.linear(x, W, b))
+    assert len(used) == 4
+
+
+def test_gradients_of_gradients(used):
+    x, W = drawn(3, 24).requires_grad_(), drawn(16, 24)
+    (first,) = torch.autograd.grad(frozen_linear.product(x, W).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    G = W.T @ W  # of the form x G x
+    torch.testing.assert_close(second, 8 * x.detach() @ G @ G, atol=1e-3, rtol=1e-4)
+    assert len(used) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
