@@ -60,11 +60,11 @@ class Lanes(Generic[T]):
         futures = [self._pool.submit(self._lane, share, lane, len(shares), work) for lane, share in enumerate(shares)]
         try:
             wait(futures)
-            for future in futures:
-                future.result()
+            while futures:
+                futures.pop(0).result()
         finally:
             self._stop.set()
-            del futures[:]  # an error knows this frame: what the frame knows of the error would keep a whole cohort alive
+            futures.clear()  # an error knows this frame: if the frame knew the error, a whole cohort would stay alive
 
     def _lane(self, share: Sequence[T], lane: int, lanes: int, work: Callable[[T, int], None]) -> None:
         import torch

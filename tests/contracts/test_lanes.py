@@ -221,14 +221,14 @@ def two_lanes():
 
 
 def test_every_lane_has_ended_when_an_error_is_raised_and_does_no_more_than_it_had_begun():
-    ended, raised = [], threading.Event()
+    ended, begun = [], threading.Event()
 
     def work(item, lane):
         if item == "bad":
-            raised.set()
+            begun.wait(10)
             raise ValueError("lane 0")
-        raised.wait(10)
-        time.sleep(0.1)
+        begun.set()
+        time.sleep(0.3)
         ended.append(item)
 
     with two_lanes() as pool:
